@@ -1,0 +1,1 @@
+"""Values that both sides of the system share.  No I/O, no clock, no randomness."""

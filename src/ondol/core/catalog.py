@@ -1,0 +1,279 @@
+"""The fleet as data: the documents of a site's file, and the catalogue that they resolve to.
+
+Each class is one `kind` of document.  `config` reads and checks them; nobody else makes them up.
+Durations are seconds, sizes bytes, money is decimal text, so that a file reads as people write.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from ondol.core.inference import Capability, DataClass, Objective, Task
+from ondol.core.money import Price
+
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9._/-]{0,126}[a-z0-9])?$")]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400 * 366)]
+Decimals = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,15}(\.[0-9]{1,12})?$")]
+Tier = Literal["device", "edge", "pop", "cloud"]
+EngineKind = Literal["llamacpp", "encoder", "upstream", "peer", "fake"]
+
+
+class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What all documents share: a name that is unique within its kind."""
+
+    name: Name
+
+
+class TenantDoc(Document, tag_field="kind", tag="Tenant"):
+    """The unit of isolation; `default` exists without being written."""
+
+
+class TeamDoc(Document, tag_field="kind", tag="Team"):
+    """Who shares limits and costs, in a tenant."""
+
+    tenant: Name = "default"
+    requests_per_min: Positive | None = None
+    tokens_per_min: Positive | None = None
+
+
+class BudgetScope(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a budget covers: exactly one of these."""
+
+    tenant: str | None = None
+    team: str | None = None
+    key: str | None = None
+    tag: str | None = None
+
+
+class BudgetDoc(Document, tag_field="kind", tag="Budget"):
+    """An amount a period.  A hard one refuses what it cannot pay, a soft one only says so."""
+
+    scope: BudgetScope
+    amount: Decimals
+    currency: str = "USD"
+    period: Literal["day", "week", "month"] = "month"
+    timezone: str = "UTC"
+    hard: bool = True
+
+
+class Power(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the hardware draws, where it cannot be measured: watts a virtual CPU, idle and busy."""
+
+    watts_min_per_cpu: Annotated[float, msgspec.Meta(ge=0)]
+    watts_max_per_cpu: Annotated[float, msgspec.Meta(ge=0)]
+    source: str
+
+
+class SiteDoc(Document, tag_field="kind", tag="Site"):
+    """A place.  `simulated` marks a stand-in: its label shows wherever the site shows."""
+
+    tier: Tier
+    region: str
+    country: Annotated[str, msgspec.Meta(pattern=r"^[A-Z]{2}$")]
+    grid_zone: str
+    labels: dict[str, str] = {}
+    power: Power | None = None
+    pue: Annotated[float, msgspec.Meta(ge=1, le=5)] = 1.0
+    rtt_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    simulated: str | None = None
+
+
+class ModelDoc(Document, tag_field="kind", tag="Model"):
+    """Weights, or a vendor's name for them.  `quality` is a prior in [0, 1], with its source."""
+
+    task: Task = Task.CHAT
+    family: str = ""
+    format: Literal["gguf", "onnx", "remote", "builtin"] = "remote"
+    context_tokens: Positive | None = None
+    file: str | None = None
+    digest: Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
+    licence: str = ""
+    parameters_b: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    quality: Fraction | None = None
+    quality_source: str = ""
+    languages: tuple[str, ...] = ()
+
+
+class KeySource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a secret is: an environment variable or a file, never the text of the configuration."""
+
+    env: str | None = None
+    file: str | None = None
+
+
+class FakeAnswers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the `fake` engine behaves."""
+
+    text: str | None = None
+    first_token_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    token_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    output_tokens: Positive | None = None
+    fail: Literal["before", "after", "reject"] | None = None
+    fail_every: Positive | None = None
+
+
+class DeploymentDoc(Document, tag_field="kind", tag="Deployment"):
+    """A model on a site with an engine.
+
+    `parallel` requests run at once and `queue` more may wait; past that the endpoint is full.
+    `trusted` says that an address outside this machine and its private networks does belong to the
+    site named, which is otherwise refused: the address counts, not the label.
+    """
+
+    site: Name
+    model: Name
+    engine: EngineKind
+    url: str | None = None
+    upstream_model: str | None = None
+    keys: tuple[KeySource, ...] = ()
+    trusted: bool = False
+    capabilities: tuple[Capability, ...] | None = None
+    parallel: Positive | None = None
+    queue: Annotated[int, msgspec.Meta(ge=0)] = 256
+    threads: Positive | None = None
+    context_tokens: Positive | None = None
+    price: Name | None = None
+    quality: Fraction | None = None
+    connect_timeout_s: Seconds = 5.0
+    read_timeout_s: Seconds = 60.0
+    energy_j_per_token: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    energy_source: str = ""
+    fake: FakeAnswers | None = None
+
+
+class CachePolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Whether the exact same request may get the same answer again, and for how long."""
+
+    ttl_s: Seconds = 3600.0
+    max_temperature: Annotated[float, msgspec.Meta(ge=0)] = 2.0
+
+
+class Capture(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Keep prompts and answers for debugging, and delete them after `retention_s`."""
+
+    retention_s: Seconds
+
+
+class RouteDoc(Document, tag_field="kind", tag="Route"):
+    """What clients send as `model`."""
+
+    deployments: Annotated[tuple[Name, ...], msgspec.Meta(min_length=1)]
+    objective: Objective = Objective.FAST
+    cache: CachePolicy | None = None
+    max_output_tokens: Positive = 1024
+    timeout_s: Seconds = 120.0
+    data_class: DataClass | None = None
+    teams: tuple[str, ...] = ()
+    capture: Capture | None = None
+
+
+class PriceDoc(Document, tag_field="kind", tag="Price"):
+    """Rates a million tokens, by hand with source and date, or from the genai-prices package.
+
+    `book: openai/gpt-4o-mini` takes provider and model from the package; then no rate may be given.
+    `exchange_from` makes the document an exchange rate: one unit of it costs `rate` of `currency`.
+    """
+
+    currency: str = "USD"
+    input_per_mtok: Decimals | None = None
+    output_per_mtok: Decimals | None = None
+    cached_per_mtok: Decimals | None = None
+    reasoning_per_mtok: Decimals | None = None
+    per_request: Decimals | None = None
+    book: str | None = None
+    exchange_from: str | None = None
+    rate: Decimals | None = None
+    source: str = ""
+    date: str = ""
+
+
+class Tls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Certificate chain and key, as PEM files."""
+
+    cert: str
+    key: str
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Bounds on what enters."""
+
+    body_bytes: Positive = 20 * 1024 * 1024
+    header_bytes: Positive = 32 * 1024
+    header_count: Positive = 100
+    json_depth: Positive = 64
+    messages: Positive = 4096
+    content_parts: Positive = 256
+    embedding_inputs: Positive = 2048
+    connections: Positive = 8192
+    requests_per_address: Positive = 4096
+    body_bytes_per_s: Positive = 1024
+    body_grace_s: Seconds = 10.0
+    cache_bytes: Annotated[int, msgspec.Meta(ge=0)] = 256 * 1024 * 1024
+    idempotency_bytes: Annotated[int, msgspec.Meta(ge=0)] = 64 * 1024 * 1024
+    ledger_bytes: Positive = 16 * 1024**3
+
+
+class Cors(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which browser origins may call."""
+
+    origins: tuple[str, ...] = ()
+    max_age_s: Annotated[int, msgspec.Meta(ge=0)] = 600
+
+
+class GatewayDoc(Document, tag_field="kind", tag="Gateway"):
+    """What is this machine's own business, and stays in the local file when a site joins a fleet."""
+
+    site: Name | None = None
+    listen: str = "127.0.0.1:8080"
+    hosts: tuple[str, ...] = ()
+    data: str = "."
+    models: str = "models"
+    tls: Tls | None = None
+    insecure: bool = False
+    limits: Limits = Limits()
+    cors: Cors = Cors()
+    timezone: str = "UTC"
+    currency: str = "USD"
+    log_requests: bool = False
+    drain_s: Seconds = 8.0
+
+
+AnyDocument = (
+    TenantDoc | TeamDoc | BudgetDoc | SiteDoc | ModelDoc | DeploymentDoc | RouteDoc | PriceDoc | GatewayDoc
+)
+
+
+class Grid(msgspec.Struct, frozen=True, kw_only=True):
+    """Carbon intensity of a grid zone: grams of CO2-equivalent a kWh, with source and year."""
+
+    zone: str
+    grams_per_kwh: float
+    year: int
+    source: str
+
+
+class Catalog(msgspec.Struct, frozen=True, kw_only=True):
+    """One consistent, checked set of documents: every reference resolves.
+
+    `prices` are those of the Price documents, by name.  `exchange` maps (from, to) to decimal text.
+    `grids` holds every zone that a site of the catalogue names; a zone without figures is missing.
+    `digest` is the SHA-256 of the file that it was read from, in hex.
+    """
+
+    site: SiteDoc
+    gateway: GatewayDoc
+    tenants: dict[str, TenantDoc]
+    teams: dict[str, TeamDoc]
+    budgets: dict[str, BudgetDoc]
+    sites: dict[str, SiteDoc]
+    models: dict[str, ModelDoc]
+    deployments: dict[str, DeploymentDoc]
+    routes: dict[str, RouteDoc]
+    prices: dict[str, Price]
+    exchange: dict[tuple[str, str], str]
+    grids: dict[str, Grid]
+    digest: str = ""
