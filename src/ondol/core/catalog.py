@@ -28,11 +28,11 @@ class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     name: Name
 
 
-class TenantDoc(Document, tag_field="kind", tag="Tenant"):
+class TenantDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Tenant"):
     """The unit of isolation; `default` exists without being written."""
 
 
-class TeamDoc(Document, tag_field="kind", tag="Team"):
+class TeamDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Team"):
     """Who shares limits and costs, in a tenant."""
 
     tenant: Name = "default"
@@ -49,7 +49,7 @@ class BudgetScope(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tag: str | None = None
 
 
-class BudgetDoc(Document, tag_field="kind", tag="Budget"):
+class BudgetDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Budget"):
     """An amount a period.  A hard one refuses what it cannot pay, a soft one only says so."""
 
     scope: BudgetScope
@@ -68,7 +68,7 @@ class Power(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     source: str
 
 
-class SiteDoc(Document, tag_field="kind", tag="Site"):
+class SiteDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Site"):
     """A place.  `simulated` marks a stand-in: its label shows wherever the site shows."""
 
     tier: Tier
@@ -82,7 +82,7 @@ class SiteDoc(Document, tag_field="kind", tag="Site"):
     simulated: str | None = None
 
 
-class ModelDoc(Document, tag_field="kind", tag="Model"):
+class ModelDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Model"):
     """Weights, or a vendor's name for them.  `quality` is a prior in [0, 1], with its source."""
 
     task: Task = Task.CHAT
@@ -116,7 +116,7 @@ class FakeAnswers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     fail_every: Positive | None = None
 
 
-class DeploymentDoc(Document, tag_field="kind", tag="Deployment"):
+class DeploymentDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Deployment"):
     """A model on a site with an engine.
 
     `parallel` requests run at once and `queue` more may wait; past that the endpoint is full.
@@ -158,7 +158,7 @@ class Capture(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     retention_s: Seconds
 
 
-class RouteDoc(Document, tag_field="kind", tag="Route"):
+class RouteDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Route"):
     """What clients send as `model`."""
 
     deployments: Annotated[tuple[Name, ...], msgspec.Meta(min_length=1)]
@@ -171,7 +171,7 @@ class RouteDoc(Document, tag_field="kind", tag="Route"):
     capture: Capture | None = None
 
 
-class PriceDoc(Document, tag_field="kind", tag="Price"):
+class PriceDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Price"):
     """Rates a million tokens, by hand with source and date, or from the genai-prices package.
 
     `book: openai/gpt-4o-mini` takes provider and model from the package; then no rate may be given.
@@ -224,7 +224,7 @@ class Cors(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     max_age_s: Annotated[int, msgspec.Meta(ge=0)] = 600
 
 
-class GatewayDoc(Document, tag_field="kind", tag="Gateway"):
+class GatewayDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Gateway"):
     """What is this machine's own business, and stays in the local file when a site joins a fleet."""
 
     site: Name | None = None

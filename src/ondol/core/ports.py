@@ -129,6 +129,10 @@ class KeyStore(Protocol):
         """Revoke durably; False when there is no such key."""
         ...
 
+    def touch(self, key_id: str, wall_ns: int) -> None:
+        """Note that a key was used now; in memory, written later."""
+        ...
+
     def all(self) -> Sequence[ApiKey]:
         """Every key, revoked and expired ones too, oldest first."""
         ...

@@ -1,0 +1,1 @@
+"""The site: from request to reply."""

@@ -1,0 +1,390 @@
+"""The HTTP face of a site: RSGI in, RSGI out.  The only place that knows paths and statuses.
+
+Everything that enters is bounded here: head, size and pace of the body, depth of the JSON, requests at
+once by address.  An answer goes out as the pipeline gives it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from ondol.core.identity import Principal
+from ondol.core.inference import Task
+from ondol.core.ports import Clock
+from ondol.errors import (
+    BudgetExhausted,
+    Conflict,
+    DeadlineExceeded,
+    Draining,
+    EngineError,
+    EngineFailed,
+    EngineRejected,
+    Forbidden,
+    InvalidRequest,
+    NotFound,
+    NotServed,
+    OndolError,
+    RateLimited,
+    Refused,
+    RequestError,
+    TooLarge,
+    Unauthenticated,
+    UnknownModel,
+)  # fmt: skip
+from ondol.gateway.admin import Admin
+from ondol.gateway.call import Ask, Chunks, Headers, Whole
+from ondol.gateway.guard import AddressGate, BodyMeter, HeadGuard, Refusal, allowed_hosts, json_depth_ok
+from ondol.gateway.idempotency import IdempotencyStore
+from ondol.gateway.once import once
+from ondol.gateway.pipeline import Pipeline
+from ondol.gateway.policy import may_use
+from ondol.gateway.reply import JSON_HEADERS
+from ondol.units import NS_PER_S
+from ondol.wire.openai import NOT_SERVED, SERVED, RouteModel, error_body, models_body
+
+WATCH_AFTER_S: Final = 0.02
+"""Most answers are there sooner, and then a watch for a hang-up would only cost."""
+
+TASKS: Final = {
+    "/v1/chat/completions": Task.CHAT,
+    "/v1/completions": Task.COMPLETION,
+    "/v1/embeddings": Task.EMBEDDING,
+}
+_STATUS: Final[tuple[tuple[type[OndolError], int], ...]] = (
+    (TooLarge, 413), (Unauthenticated, 401), (Forbidden, 403), (UnknownModel, 404), (NotFound, 404),
+    (NotServed, 501), (Conflict, 422), (RequestError, 400), (RateLimited, 429), (BudgetExhausted, 402),
+    (Refused, 503), (DeadlineExceeded, 504), (EngineFailed, 502), (EngineError, 503),
+)  # fmt: skip
+_EXPOSED: Final = (
+    "x-ondol-request-id,x-ondol-site,x-ondol-model,x-ondol-deployment,x-ondol-cache,x-ondol-reason,"
+    "x-ondol-cost,x-ondol-energy-j,x-ondol-carbon-g,x-ondol-overhead-us,x-ratelimit-limit-requests,"
+    "x-ratelimit-remaining-requests,x-ratelimit-reset-requests,retry-after"
+)
+
+
+class Scope(Protocol):
+    """What RSGI says of a request."""
+
+    method: str
+    path: str
+    client: str
+    authority: str | None
+    headers: Any
+
+
+class App:
+    """One site's RSGI application."""
+
+    def __init__(
+        self, *, pipeline: Pipeline, admin: Admin, idempotency: IdempotencyStore[asyncio.Future[None]],
+        clock: Clock, metrics: Callable[[], bytes], refused: Callable[[str], None], ready: Callable[[], str | None],
+    ) -> None:  # fmt: skip
+        """Bind the parts.  `ready` gives None, or a sentence that says what is missing."""
+        self._pipeline = pipeline
+        self._admin = admin
+        self._idempotency = idempotency
+        self._clock = clock
+        self._metrics = metrics
+        self._refused = refused
+        self._ready = ready
+        self.draining = False
+        self.running = 0
+        self.configure()
+
+    def configure(self) -> None:
+        """Take limits, hosts and CORS from the pipeline's present view; called again after a reload."""
+        gateway = self._pipeline.view.catalog.gateway
+        self._limits = gateway.limits
+        self._guard = HeadGuard(allowed_hosts(gateway.listen, gateway.hosts), gateway.limits)
+        self._gate = AddressGate(gateway.limits.requests_per_address)
+        self._cors = gateway.cors
+
+    async def __rsgi__(self, scope: Scope, proto: Any) -> None:
+        """Serve one request."""
+        received_ns = self._clock.now_ns()
+        headers = scope.headers
+        refusal = self._guard.check(
+            scope.method, scope.path, scope.authority, headers.items(), headers.keys()
+        )
+        refusal = refusal or self._gate.enter(scope.client)
+        if refusal is not None:
+            self._refuse(proto, refusal, [])
+            return
+        gate = self._gate
+        self.running += 1
+        try:
+            await self._serve(scope, proto, received_ns)
+        finally:
+            self.running -= 1
+            gate.leave(scope.client)
+
+    async def _serve(self, scope: Scope, proto: Any, received_ns: int) -> None:
+        cors = self._cors_headers(scope) if self._cors.origins else []
+        task = TASKS.get(scope.path)
+        try:
+            if task is not None and scope.method == "POST":
+                await self._inference(task, scope, proto, received_ns, cors)
+            elif scope.method == "OPTIONS" and cors:
+                proto.response_empty(204, [*cors, *self._preflight()])
+            else:
+                reply = await self._other(scope, proto)
+                proto.response_bytes(reply.status, [*reply.headers, *cors], reply.body)
+        except _Stopped as stopped:
+            self._refuse(proto, stopped.refusal, cors)
+        except OndolError as error:
+            self._fail(proto, error, cors)
+
+    async def _inference(self, task: Task, scope: Scope, proto: Any, received_ns: int, cors: Headers) -> None:
+        header = scope.headers.get
+        hang_up = _HangUp(proto)
+        reply: Whole | Chunks | None = None
+        try:
+            # The key first: whoever has none gets no megabytes read.
+            wall_ns = self._clock.wall_ns()
+            principal = self._pipeline.principal(header, wall_ns)
+            if self.draining:
+                raise Draining(
+                    "this gateway is stopping; ask another, or again in a moment", retry_after_s=2.0
+                )
+            raw = await self._body(scope, proto, received_ns)
+            if not json_depth_ok(raw, self._limits.json_depth):
+                raise InvalidRequest(f"the JSON nests deeper than {self._limits.json_depth} levels")
+            ask = Ask(task=task, raw=raw, header=header, received_ns=received_ns, wall_ns=wall_ns)
+            key = header("idempotency-key")
+            if key is None:
+                reply = await self._pipeline.handle(ask, principal)
+            else:
+                reply = await once(self._idempotency, key, ask, principal, self._pipeline.handle)
+            if isinstance(reply, Whole):
+                proto.response_bytes(reply.status, [*reply.headers, *cors], reply.body)
+            else:
+                await self._send(proto, reply, cors)
+        except asyncio.CancelledError:
+            if not hang_up.gone:
+                raise
+        finally:
+            hang_up.stop()
+            if isinstance(reply, Chunks):
+                reply.close()
+
+    async def _send(self, proto: Any, reply: Chunks, cors: Headers) -> None:
+        transport = proto.response_stream(200, [*reply.headers, *cors])
+        send = transport.send_bytes
+        try:
+            async for piece in reply.pieces:
+                await send(piece)
+        except RuntimeError as error:
+            # RSGIProtocolClosed: the client has gone; `close` then stops the engine and meters.
+            if type(error).__name__ != "RSGIProtocolClosed":
+                raise
+
+    async def _body(self, scope: Scope, proto: Any, received_ns: int) -> bytes:
+        """The whole body, in time and within its bound."""
+        length = scope.headers.get("content-length")
+        meter = BodyMeter(self._limits, received_ns, length)
+        refusal = meter.begin()
+        if refusal is not None:
+            raise _Stopped(refusal)
+        if length is not None:
+            # One wait for all of it: it may take as long as the slowest allowed body of that size.
+            watch = _Patience(meter.patience_ns(received_ns, int(length)))
+            raw: bytes = await watch.wait(proto(), meter)
+            refusal = meter.feed(raw) or meter.finish()
+            if refusal is not None:
+                raise _Stopped(refusal)
+            return raw
+        parts: list[bytes] = []
+        chunks = aiter(proto)
+        while True:
+            watch = _Patience(meter.patience_ns(self._clock.now_ns()))
+            try:
+                # Not `anext(chunks, default)`: on granian's iterator that ends the process (CPython 3.11).
+                part = await watch.wait(chunks.__anext__(), meter)
+            except StopAsyncIteration:
+                break
+            refusal = meter.feed(part)
+            if refusal is not None:
+                raise _Stopped(refusal)
+            parts.append(part)
+        refusal = meter.finish()
+        if refusal is not None:
+            raise _Stopped(refusal)
+        return b"".join(parts)
+
+    async def _other(self, scope: Scope, proto: Any) -> Whole:
+        """Everything but inference."""
+        path, method = scope.path, scope.method
+        if path == "/healthz" and method in ("GET", "HEAD"):
+            return Whole(headers=JSON_HEADERS, body=b'{"status":"ok"}')
+        if path == "/readyz" and method in ("GET", "HEAD"):
+            return self._readiness()
+        if path in TASKS:
+            raise InvalidRequest(f"{path} takes POST, found {method}")
+        first = path.split("/")[2] if path.startswith("/v1/") else ""
+        if first in NOT_SERVED:
+            raise NotServed(f"{method} {path} is not served by this gateway; served are: {', '.join(SERVED)}")
+        if path == "/" and method in ("GET", "HEAD"):
+            return Whole(
+                headers=JSON_HEADERS, body=b'{"ondol":"an inference gateway","api":"/v1","health":"/healthz"}'
+            )
+        principal = self._pipeline.principal(scope.headers.get, self._clock.wall_ns())
+        if path == "/v1/models" and method == "GET":
+            return Whole(headers=JSON_HEADERS, body=models_body(self._models(principal)))
+        if path.startswith("/v1/models/") and method == "GET":
+            return self._model(principal, path.removeprefix("/v1/models/"))
+        if path == "/metrics" and method == "GET":
+            self._admin.require(principal)
+            return Whole(
+                headers=[("content-type", "text/plain; version=0.0.4; charset=utf-8")], body=self._metrics()
+            )
+        if path.startswith("/v1/ondol/"):
+            body = await self._body(scope, proto, self._clock.now_ns()) if method == "POST" else b""
+            answer = await self._admin.handle(principal, method, path.removeprefix("/v1/ondol/"), body)
+            return Whole(headers=JSON_HEADERS, body=answer)
+        raise NotFound(f"{method} {path} does not exist; served are: {', '.join(SERVED)}")
+
+    def _readiness(self) -> Whole:
+        problem = "draining" if self.draining else self._ready()
+        if problem is None:
+            return Whole(headers=JSON_HEADERS, body=b'{"status":"ready"}')
+        body = error_body(message=problem, kind="server_error", code="not_ready")
+        return Whole(status=503, headers=JSON_HEADERS, body=body)
+
+    def _models(self, principal: Principal) -> list[RouteModel]:
+        catalog = self._pipeline.view.catalog
+        owner = catalog.site.name
+        routes = (one for one in catalog.routes.values() if may_use(one, principal))
+        return [RouteModel(id=one.name, created=0, owned_by=owner) for one in routes]
+
+    def _model(self, principal: Principal, name: str) -> Whole:
+        for one in self._models(principal):
+            if one.id == name:
+                return Whole(headers=JSON_HEADERS, body=msgspec.json.encode(one))
+        raise UnknownModel(
+            f"the model '{name[:128]}' does not exist; GET /v1/models lists what does", param="model"
+        )
+
+    def _cors_headers(self, scope: Scope) -> Headers:
+        origin = scope.headers.get("origin")
+        allowed = self._cors.origins
+        if origin is None or not ("*" in allowed or origin in allowed):
+            return []
+        return [
+            ("access-control-allow-origin", origin),
+            ("access-control-expose-headers", _EXPOSED),
+            ("vary", "origin"),
+        ]
+
+    def _preflight(self) -> Headers:
+        return [
+            ("access-control-allow-methods", "GET, POST, DELETE, OPTIONS"),
+            ("access-control-allow-headers", "authorization, content-type, idempotency-key, x-ondol-data-class, "
+             "x-ondol-objective, x-ondol-max-latency-ms, x-ondol-max-cost, x-ondol-tags"),
+            ("access-control-max-age", str(self._cors.max_age_s)),
+        ]  # fmt: skip
+
+    def _refuse(self, proto: Any, refusal: Refusal, cors: Headers) -> None:
+        self._refused(refusal.code)
+        body = error_body(message=refusal.message, kind="invalid_request_error", code=refusal.code)
+        proto.response_bytes(refusal.status, [*JSON_HEADERS, ("connection", "close"), *cors], body)
+
+    def _fail(self, proto: Any, error: OndolError, cors: Headers) -> None:
+        self._refused(error.code)
+        status = status_of(error)
+        headers: Headers = [*JSON_HEADERS, *cors]
+        if error.retry_after_s is not None:
+            headers.append(("retry-after", str(max(1, -int(-error.retry_after_s // 1)))))
+            headers.append(("retry-after-ms", str(max(1, int(error.retry_after_s * 1000)))))
+        if error.request_id is not None:
+            headers.append(("x-ondol-request-id", error.request_id))
+        if isinstance(error, Unauthenticated):
+            headers.append(("www-authenticate", 'Bearer realm="ondol"'))
+        if not error.retryable and status >= 400:
+            headers.append(("x-should-retry", "false"))
+        body = error_body(message=error.message, kind=_kind(status), code=error.code, param=error.param)
+        proto.response_bytes(status, headers, body)
+
+
+class _Stopped(Exception):
+    """A body was refused while it was read."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
+
+
+class _Patience:
+    """A time limit on one await.  `asyncio.timeout` does the same for five times the cost."""
+
+    __slots__ = ("_late", "_task", "_timer")
+
+    def __init__(self, patience_ns: int) -> None:
+        self._late = False
+        self._task = asyncio.current_task()
+        self._timer = asyncio.get_running_loop().call_later(max(patience_ns, 0) / NS_PER_S, self._cancel)
+
+    def _cancel(self) -> None:
+        self._late = True
+        if self._task is not None:
+            self._task.cancel()
+
+    async def wait(self, what: Awaitable[bytes], meter: BodyMeter) -> bytes:
+        """The awaited bytes; `_Stopped` when time is up first."""
+        try:
+            return await what
+        except asyncio.CancelledError:
+            if self._late:
+                raise _Stopped(meter.too_slow()) from None
+            raise
+        finally:
+            self._timer.cancel()
+
+
+class _HangUp:
+    """Cancels the present task when the client goes away; watches only what takes a while."""
+
+    __slots__ = ("_proto", "_task", "_timer", "_watch", "gone")
+
+    def __init__(self, proto: Any) -> None:
+        loop = asyncio.get_running_loop()
+        self.gone = False
+        self._proto = proto
+        self._task = asyncio.current_task()
+        self._watch: asyncio.Task[None] | None = None
+        self._timer = loop.call_later(WATCH_AFTER_S, self._start)
+
+    def _start(self) -> None:
+        self._watch = asyncio.get_running_loop().create_task(self._wait())
+
+    async def _wait(self) -> None:
+        await self._proto.client_disconnect()
+        self.gone = True
+        if self._task is not None:
+            self._task.cancel()
+
+    def stop(self) -> None:
+        self._timer.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
+
+
+def status_of(error: OndolError) -> int:
+    """The HTTP status of an error class; 500 for what should not happen."""
+    if isinstance(error, EngineRejected):
+        return error.status
+    return next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
+
+
+def _kind(status: int) -> str:
+    """OpenAI's `type` of an error."""
+    if status == 401:
+        return "authentication_error"
+    if status == 403:
+        return "permission_error"
+    if status == 429:
+        return "rate_limit_error"
+    return "invalid_request_error" if status < 500 else "server_error"

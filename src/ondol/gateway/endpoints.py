@@ -1,0 +1,179 @@
+"""The endpoints of a site as they run: what is static about each, what is in flight, what was learnt.
+
+The pipeline owns this state; stages see frozen `Candidate` snapshots of it.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ondol.core.catalog import ModelDoc, SiteDoc
+from ondol.core.energy import carbon
+from ondol.core.inference import InferenceRequest
+from ondol.core.money import Money
+from ondol.core.ports import Engine
+from ondol.core.usage import Attempt
+from ondol.gateway.breaker import Breaker
+from ondol.gateway.meter import Spent, Terms, attempt
+from ondol.gateway.predict import Predictor
+from ondol.gateway.schedule import Candidate
+from ondol.units import CURRENCY_SCALE, NG_PER_G, NS_PER_MS, NS_PER_S
+
+PARALLEL_UNSTATED = 1024
+"""What an upstream is taken to run at once when its deployment does not say."""
+
+
+class Endpoint:
+    """One running instance of a deployment."""
+
+    def __init__(
+        self, *, terms: Terms, model: ModelDoc, site: SiteDoc, engine: Engine, breaker: Breaker,
+        predictor: Predictor, here: str,
+    ) -> None:  # fmt: skip
+        """Bind what does not change while this endpoint lives.  `predictor` knows it by name already."""
+        doc = terms.deployment
+        self.name = doc.name
+        self.terms = terms
+        self.model = model
+        self.site = site
+        self.engine = engine
+        self.breaker = breaker
+        self.predictor = predictor
+        self.local = site.name == here
+        self.parallel = doc.parallel or PARALLEL_UNSTATED
+        self.queue = doc.queue
+        self.context_tokens = doc.context_tokens or model.context_tokens
+        self.quality = doc.quality if doc.quality is not None else model.quality
+        self.in_flight = 0
+
+    def worst(self, request: InferenceRequest, max_output_tokens: int) -> Money | None:
+        """The most that this request can cost here; None when the endpoint has no price."""
+        price = self.terms.price
+        if price is None:
+            return None
+        return price.worst(
+            input_tokens=request.prompt_tokens_max, output_tokens=max_output_tokens * request.n
+        )
+
+    def candidate(
+        self, request: InferenceRequest, max_output_tokens: int, now_ns: int, *, affordable: bool
+    ) -> Candidate:
+        """The snapshot that `schedule` decides on, with expectations for this request."""
+        expected = self.predictor.predict(
+            self.name,
+            prompt_tokens=request.prompt_tokens,
+            output_tokens_max=max_output_tokens * request.n,
+            queue_depth=self._waiting(),
+            now_ns=now_ns,
+        )
+        problem = self.engine.problem()
+        if problem is None and not self.breaker.allows(now_ns):
+            problem = self.breaker.state_sentence(now_ns)
+        cost: float | None = None
+        price = self.terms.price
+        if price is not None:
+            tokens = price.cost(input_tokens=request.prompt_tokens, output_tokens=int(expected.output_tokens))
+            cost = tokens.amount / 10 ** CURRENCY_SCALE[tokens.currency]
+        return Candidate(
+            name=self.name,
+            site=self.site.name,
+            local=self.local,
+            task=self.model.task,
+            capabilities=self.engine.capabilities,
+            context_tokens=self.context_tokens,
+            parallel=self.parallel,
+            queue=self.queue,
+            in_flight=self.in_flight,
+            ttft_ms=expected.ttft_ms,
+            total_ms=expected.optimistic_ms,
+            cost=cost,
+            carbon_g=self._carbon_g(request, int(expected.output_tokens), expected.total_ms),
+            quality=self.quality,
+            affordable=affordable,
+            problem=problem,
+        )
+
+    def _waiting(self) -> int:
+        return max(0, self.in_flight - self.parallel + 1)
+
+    def _carbon_g(self, request: InferenceRequest, output: int, total_ms: float) -> float | None:
+        energy, grid = self.terms.energy, self.terms.grid
+        if energy is None or grid is None:
+            return None
+        spent = energy.answer_energy(
+            busy_ns=int(total_ms * NS_PER_MS),
+            threads=self.terms.threads,
+            concurrency=1.0,
+            output_tokens=output,
+            input_tokens=request.prompt_tokens,
+        )
+        return None if spent is None else carbon(spent[0], grid.grams_per_kwh) / NG_PER_G
+
+    def begin(self, ticket: int, now_ns: int) -> Running:
+        """Count one more attempt in flight; `Running.end` counts it out, whatever happened."""
+        waiting = self._waiting()
+        self.in_flight += 1
+        return Running(self, ticket, now_ns, waiting)
+
+
+class Running:
+    """One attempt in flight at one endpoint."""
+
+    __slots__ = ("beside", "endpoint", "first_ns", "started_ns", "ticket", "waiting")
+
+    def __init__(self, endpoint: Endpoint, ticket: int, started_ns: int, waiting: int) -> None:
+        """Remember when it started and who was there."""
+        self.endpoint = endpoint
+        self.ticket = ticket
+        self.started_ns = started_ns
+        self.waiting = waiting
+        self.beside = endpoint.in_flight
+        self.first_ns: int | None = None
+
+    def end(self, request: InferenceRequest, max_output_tokens: int, spent: Spent, now_ns: int) -> Attempt:
+        """Count it out, teach breaker and predictions, and give its record."""
+        endpoint = self.endpoint
+        # How many shared the engine, on average: those at its start and those at its end.
+        concurrency = max(1.0, min((self.beside + endpoint.in_flight) / 2, endpoint.parallel))
+        endpoint.in_flight -= 1
+        ttft = None if self.first_ns is None else self.first_ns - self.started_ns
+        total = now_ns - self.started_ns
+        endpoint.breaker.record(
+            self.ticket, spent.outcome, now_ns, began=ttft is not None, retry_after_s=spent.retry_after_s
+        )
+        spent = msgspec.structs.replace(spent, ttft_ns=ttft, total_ns=total, concurrency=concurrency)
+        done = attempt(endpoint.terms, request, spent)
+        if spent.outcome == "ok":
+            self._learn(request, max_output_tokens, done, now_ns)
+        return done
+
+    def _learn(self, request: InferenceRequest, max_output_tokens: int, done: Attempt, now_ns: int) -> None:
+        tokens = done.usage.output_tokens
+        per_token: int | None = None
+        if done.ttft_ns is not None and tokens > 1:
+            per_token = (done.total_ns - done.ttft_ns) // (tokens - 1)
+        self.endpoint.predictor.observe(
+            self.endpoint.name,
+            now_ns=now_ns,
+            ttft_ns=done.ttft_ns if done.ttft_ns is not None else self._first_of_whole(tokens, done.total_ns),
+            prompt_tokens=request.prompt_tokens,
+            token_ns=per_token,
+            tokens=tokens,
+            tokens_max=max_output_tokens * request.n,
+            queue_depth=self.waiting,
+        )
+
+    def _first_of_whole(self, tokens: int, total_ns: int) -> int:
+        """The time to the first token of an answer that came in one piece: its end less its tokens."""
+        guess = self.endpoint.predictor.predict(
+            self.endpoint.name, prompt_tokens=0, output_tokens_max=0, queue_depth=0, now_ns=self.started_ns
+        )
+        return max(0, total_ns - int(tokens * guess.per_token_ms * NS_PER_MS))
+
+
+def deadline(received_ns: int, timeout_s: float, max_latency_ms: int | None) -> int:
+    """The absolute deadline: the route's time, or the caller's where that is shorter."""
+    allowed = int(timeout_s * NS_PER_S)
+    if max_latency_ms is not None:
+        allowed = min(allowed, max_latency_ms * NS_PER_MS)
+    return received_ns + allowed

@@ -1,0 +1,102 @@
+"""What the caller wishes, from the `x-ondol-*` request headers.  A wrong value is refused, never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from decimal import Decimal, InvalidOperation
+from typing import Final
+from urllib.parse import unquote
+
+from ondol.core.identity import Hints
+from ondol.core.inference import DataClass, Objective
+from ondol.errors import InvalidRequest
+
+TAGS_MAX: Final = 16
+TAG_CHARACTERS_MAX: Final = 512
+LATENCY_MS_MAX: Final = 24 * 3600 * 1000
+
+NO_HINTS: Final = Hints()
+
+
+def parse_hints(header: Callable[[str], str | None]) -> Hints:
+    """The hints of a request, `header` giving a header's value by its lower-case name.
+
+    Raises:
+        InvalidRequest: a header has a value that is not allowed; `param` names the header.
+    """
+    data_class = header("x-ondol-data-class")
+    objective = header("x-ondol-objective")
+    latency = header("x-ondol-max-latency-ms") or header("x-ondol-remaining-ms")
+    cost = header("x-ondol-max-cost")
+    tags = header("x-ondol-tags")
+    control = header("cache-control")
+    no_cache = control is not None and ("no-cache" in control or "no-store" in control)
+    if not no_cache and data_class is objective is latency is cost is tags is None:
+        return NO_HINTS
+    return Hints(
+        data_class=None
+        if data_class is None
+        else DataClass(_one_of("x-ondol-data-class", data_class, DataClass)),
+        objective=None if objective is None else _one_of("x-ondol-objective", objective, Objective),
+        max_latency_ms=None if latency is None else _milliseconds(latency),
+        max_cost=None if cost is None else _amount(cost),
+        tags=() if tags is None else _tags(tags),
+        no_cache=no_cache,
+    )
+
+
+def _one_of(name: str, value: str, allowed: type[DataClass] | type[Objective]) -> str:
+    text = value.strip().lower()
+    names = [one.value for one in allowed]
+    if text not in names:
+        raise InvalidRequest(
+            f"'{name}': found '{value[:40]}', expected one of {', '.join(names)}", param=name
+        )
+    return text
+
+
+def _milliseconds(value: str) -> int:
+    if not value.isascii() or not value.isdigit() or not 1 <= int(value[:12]) <= LATENCY_MS_MAX:
+        raise InvalidRequest(
+            f"'x-ondol-max-latency-ms': found '{value[:40]}', expected whole milliseconds from 1 to a day",
+            param="x-ondol-max-latency-ms",
+        )
+    return int(value)
+
+
+def _amount(value: str) -> str:
+    """Decimal text and an ISO currency, such as `0.002 USD`; the currency is checked where it is used."""
+    parts = value.split()
+    try:
+        amount = Decimal(parts[0])
+    except (InvalidOperation, IndexError):
+        amount = Decimal(-1)
+    if (
+        len(parts) != 2
+        or not amount.is_finite()
+        or amount < 0
+        or not (len(parts[1]) == 3 and parts[1].isalpha())
+    ):
+        raise InvalidRequest(
+            f"'x-ondol-max-cost': found '{value[:40]}', expected an amount and a currency, such as 0.002 USD",
+            param="x-ondol-max-cost",
+        )
+    return f"{parts[0]} {parts[1].upper()}"
+
+
+def _tags(value: str) -> tuple[tuple[str, str], ...]:
+    pairs = [item for item in value.split(",") if item.strip()]
+    if len(pairs) > TAGS_MAX:
+        raise InvalidRequest(
+            f"'x-ondol-tags': found {len(pairs)} tags, at most {TAGS_MAX}", param="x-ondol-tags"
+        )
+    found = []
+    for pair in pairs:
+        key, equals, text = pair.strip().partition("=")
+        if not equals or not key or len(pair) > TAG_CHARACTERS_MAX:
+            raise InvalidRequest(
+                f"'x-ondol-tags': found '{pair[:40]}', expected k=v, comma separated, percent-encoded",
+                param="x-ondol-tags",
+            )
+        found.append((unquote(key), unquote(text)))
+    return tuple(found)

@@ -1,0 +1,205 @@
+"""Where to answer: filter, score, pick.  Pure: a request and a snapshot in, an order with reasons out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from ondol.core.inference import Capability, DataClass, Objective, Task
+from ondol.core.usage import Decision, Dropped
+from ondol.errors import BudgetExhausted, NoEndpoint, OndolError, Overloaded, Unsupported
+from ondol.gateway.scorers import FACTORS, WEIGHTS, higher_is_better, lower_is_better, queue_room
+
+
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """One endpoint as of now, with what is expected of it for this request.
+
+    `cost` and `carbon_g` are expectations in one unit for all candidates (cost in the site's currency);
+    None means unknown.  `affordable` is false where a hard budget, or the caller's own ceiling, cannot
+    pay its worst case.  `problem` says why it cannot take a request now (engine, breaker).
+    """
+
+    name: str
+    site: str
+    local: bool
+    task: Task
+    capabilities: frozenset[Capability]
+    context_tokens: int | None
+    parallel: int
+    queue: int
+    in_flight: int
+    ttft_ms: float
+    total_ms: float
+    cost: float | None
+    carbon_g: float | None
+    quality: float | None
+    affordable: bool = True
+    problem: str | None = None
+
+
+class Wish(msgspec.Struct, frozen=True, kw_only=True):
+    """What the request demands of its place."""
+
+    task: Task
+    needs: frozenset[Capability]
+    tokens_max: int
+    prompt_tokens: int
+    objective: Objective
+    data_class: DataClass
+    remaining_ms: float
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """The endpoints to try, best first, and why the first is first."""
+
+    order: tuple[str, ...]
+    decision: Decision
+
+
+REASONS = {
+    Objective.FAST: "fastest",
+    Objective.CHEAP: "cheapest",
+    Objective.GREEN: "greenest",
+    Objective.BEST: "best_quality",
+    Objective.PRIVATE: "private",
+}
+_FACTOR_OF = {"fastest": 0, "cheapest": 1, "greenest": 2, "best_quality": 3}
+
+
+def _must_stay(wish: Wish) -> str | None:
+    """Why the request may not leave this site, as a code; None when it may."""
+    if wish.data_class in (DataClass.CONFIDENTIAL, DataClass.RESTRICTED):
+        return "class_stays"
+    return "private_stays" if wish.objective is Objective.PRIVATE else None
+
+
+def _dropped(wish: Wish, one: Candidate, stays: str | None) -> Dropped | None:
+    """Why a candidate cannot serve; the checks that no waiting can mend come first."""
+    if one.task is not wish.task:
+        return Dropped(one.name, "task", one.task.value)
+    if not wish.needs <= one.capabilities:
+        return Dropped(one.name, "capability", ", ".join(sorted(wish.needs - one.capabilities)))
+    if one.context_tokens is not None and wish.prompt_tokens > one.context_tokens:
+        return Dropped(one.name, "context", f"{wish.prompt_tokens} > {one.context_tokens}")
+    if stays is not None and not one.local:
+        return Dropped(one.name, stays, wish.data_class.value)
+    if one.problem is not None:
+        return Dropped(one.name, "unhealthy", one.problem)
+    if one.in_flight >= one.parallel + one.queue:
+        return Dropped(one.name, "full", f"{one.in_flight} at once")
+    if not one.affordable:
+        return Dropped(one.name, "budget", "unpriced" if one.cost is None else "")
+    if one.ttft_ms > wish.remaining_ms:
+        return Dropped(one.name, "too_slow", f"{one.ttft_ms:.0f} ms > {wish.remaining_ms:.0f} ms")
+    return None
+
+
+def schedule(wish: Wish, candidates: Sequence[Candidate]) -> Choice:
+    """The endpoints to try, best first; equal input gives equal output, ties fall to the name.
+
+    O(e) for e candidates, times five factors.
+
+    Raises:
+        Unsupported: no candidate can ever serve such a request.
+        BudgetExhausted: what is left pays for none of those that could.
+        Overloaded: those that could are full.
+        NoEndpoint: all were dropped; the message says why, one by one.
+    """
+    stays = _must_stay(wish)
+    dropped: list[Dropped] = []
+    able: list[Candidate] = []
+    for one in candidates:
+        reason = _dropped(wish, one, stays)
+        if reason is None:
+            able.append(one)
+        else:
+            dropped.append(reason)
+    if not able:
+        raise _nothing_left(dropped)
+    if len(able) == 1:
+        return Choice(order=(able[0].name,), decision=_only(wish, able[0], stays, tuple(dropped)))
+    return _pick(wish, able, stays, tuple(dropped))
+
+
+def _only(wish: Wish, one: Candidate, stays: str | None, dropped: tuple[Dropped, ...]) -> Decision:
+    code = stays if stays is not None and any(d.code == stays for d in dropped) else "only_choice"
+    return Decision(code=code, objective=wish.objective.value, chosen=one.name, dropped=dropped)
+
+
+def _pick(wish: Wish, able: list[Candidate], stays: str | None, dropped: tuple[Dropped, ...]) -> Choice:
+    weights = WEIGHTS[wish.objective]
+    values: tuple[list[float | None], ...] = (
+        [c.total_ms for c in able],
+        [c.cost for c in able],
+        [c.carbon_g for c in able],
+        [c.quality for c in able],
+        [float(c.in_flight) for c in able],
+    )
+    scores = (
+        lower_is_better(values[0]),
+        lower_is_better(values[1]),
+        lower_is_better(values[2]),
+        higher_is_better(values[3]),
+        [queue_room(c.in_flight, c.parallel) for c in able],
+    )
+    totals = [sum(w * s[i] for w, s in zip(weights, scores, strict=True)) for i in range(len(able))]
+    ranked = sorted(range(len(able)), key=lambda i: (-totals[i], able[i].name))
+    first, second = ranked[0], ranked[1]
+    lost = max(range(len(FACTORS)), key=lambda f: weights[f] * (scores[f][first] - scores[f][second]))
+    code = REASONS[wish.objective]
+    named = _FACTOR_OF.get(code)
+    if named is not None and scores[named][first] < max(scores[named]):
+        code = "balance"
+    if stays is not None and any(d.code == stays for d in dropped):
+        code = stays
+    decision = Decision(
+        code=code,
+        objective=wish.objective.value,
+        chosen=able[first].name,
+        runner_up=able[second].name,
+        lost_on=FACTORS[lost],
+        chosen_value=values[lost][first],
+        runner_up_value=values[lost][second],
+        dropped=dropped,
+    )
+    return Choice(order=tuple(able[i].name for i in ranked), decision=decision)
+
+
+_WHY = {
+    "task": "serves another task ({})",
+    "capability": "cannot do: {}",
+    "context": "prompt is too long for it ({} tokens)",
+    "class_stays": "data of class {} may not leave this site",
+    "private_stays": "the request asks to stay on this site",
+    "unhealthy": "{}",
+    "full": "is full ({})",
+    "budget": "the budget or the cost ceiling cannot pay its worst case {}",
+    "too_slow": "would not answer in time ({})",
+}
+
+
+def why_dropped(one: Dropped) -> str:
+    """One dropped endpoint as a clause."""
+    return f"{one.deployment}: {_WHY.get(one.code, one.code).format(one.detail).strip()}"
+
+
+def _nothing_left(dropped: list[Dropped]) -> OndolError:
+    message = "no endpoint is left: " + "; ".join(map(why_dropped, dropped))
+    codes = {one.code for one in dropped}
+    if codes <= {"task", "capability", "context"}:
+        return Unsupported(message)
+    if "budget" in codes and not codes & {"unhealthy", "full", "too_slow"}:
+        return BudgetExhausted(message)
+    if "full" in codes:
+        return Overloaded(message, retry_after_s=1.0)
+    return NoEndpoint(message, retry_after_s=1.0 if "unhealthy" in codes else None)
+
+
+def fell_back(decision: Decision, name: str, error: OndolError) -> Decision:
+    """The decision after its first choice failed before a byte and `name` took over."""
+    lost = Dropped(decision.chosen or "", "unhealthy", error.message)
+    return msgspec.structs.replace(
+        decision, code="fallback", chosen=name, runner_up=None, lost_on=None,
+        chosen_value=None, runner_up_value=None, dropped=(*decision.dropped, lost),
+    )  # fmt: skip
