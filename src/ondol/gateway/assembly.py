@@ -80,9 +80,12 @@ class Assembly:
 
     def _endpoint(self, catalog: Catalog, terms: Terms, engine: Engine, breaker: Breaker) -> Endpoint:
         doc = terms.deployment
+        model = catalog.models[doc.model]
+        local_context = engine.context_tokens if isinstance(engine, LlamaCppEngine) else None
         endpoint = Endpoint(
-            terms=terms, model=catalog.models[doc.model], site=catalog.sites[doc.site], engine=engine,
-            breaker=breaker, predictor=self._predictor, here=catalog.site.name,
+            terms=terms, model=model, site=catalog.sites[doc.site], engine=engine, breaker=breaker,
+            predictor=self._predictor, here=catalog.site.name,
+            context_tokens=local_context or doc.context_tokens or model.context_tokens,
         )  # fmt: skip
         self._predictor.add(
             doc.name, prior(endpoint.site.tier, endpoint.site.rtt_ms), parallel=endpoint.parallel
@@ -113,14 +116,17 @@ class Assembly:
         can = None if doc.capabilities is None else frozenset(doc.capabilities)
         match doc.engine:
             case "llamacpp":
+                # No read timeout of its own: an answer in one piece is silent until it is whole, and the
+                # request's deadline bounds it.
                 return LlamaCppEngine(
                     name=doc.name, model_path=self._model_file(model), clock=self._clock,
-                    context_tokens=doc.context_tokens or model.context_tokens, threads=_threads(doc),
-                    parallel=doc.parallel or PARALLEL_LOCAL, capabilities=can,
-                    connect_timeout_s=doc.connect_timeout_s, read_timeout_s=doc.read_timeout_s,
+                    context_tokens=doc.context_tokens, parallel=doc.parallel or PARALLEL_LOCAL,
+                    threads=_threads(doc), capabilities=can, connect_timeout_s=doc.connect_timeout_s,
                 )  # fmt: skip
             case "encoder":
-                return EncoderEngine(name=doc.name, clock=self._clock, threads=doc.threads or 1)
+                return EncoderEngine(
+                    name=doc.name, clock=self._clock, threads=doc.threads or 1, capabilities=can or frozenset()
+                )
             case "fake":
                 return FakeEngine(
                     model=doc.upstream_model or model.name,

@@ -28,7 +28,7 @@ class Endpoint:
 
     def __init__(
         self, *, terms: Terms, model: ModelDoc, site: SiteDoc, engine: Engine, breaker: Breaker,
-        predictor: Predictor, here: str,
+        predictor: Predictor, here: str, context_tokens: int | None,
     ) -> None:  # fmt: skip
         """Bind what does not change while this endpoint lives.  `predictor` knows it by name already."""
         doc = terms.deployment
@@ -42,7 +42,7 @@ class Endpoint:
         self.local = site.name == here
         self.parallel = doc.parallel or PARALLEL_UNSTATED
         self.queue = doc.queue
-        self.context_tokens = doc.context_tokens or model.context_tokens
+        self.context_tokens = context_tokens
         self.quality = doc.quality if doc.quality is not None else model.quality
         self.in_flight = 0
 
