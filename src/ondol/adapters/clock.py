@@ -10,10 +10,6 @@ class SystemClock:
 
     __slots__ = ()
 
-    def now_ns(self) -> int:
-        """Nanoseconds since some point in the past; only differences mean something."""
-        return time.monotonic_ns()
-
-    def wall_ns(self) -> int:
-        """Nanoseconds since 1970-01-01 UTC."""
-        return time.time_ns()
+    # The functions themselves, without a frame of ours: a request reads the clock ten times.
+    now_ns = staticmethod(time.monotonic_ns)
+    wall_ns = staticmethod(time.time_ns)

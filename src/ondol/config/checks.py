@@ -115,7 +115,7 @@ def _reference(entry: Entry[D], field: str, name: str, names: Iterable[str], rep
 
 def _teams_and_budgets(docs: Documents, report: Report) -> None:
     tenants = docs.names.get("Tenant", set()) | {DEFAULT_TENANT}
-    teams = docs.names.get("Team", set())
+    teams = docs.names.get("Team", set()) | {"default"}
     for team in docs.teams.values():
         _reference(team, "tenant", team.doc.tenant, tenants, report)
     for budget in docs.budgets.values():
@@ -234,7 +234,7 @@ def _route(entry: Entry[RouteDoc], docs: Documents, report: Report) -> None:
             entry.node.at("deployments").line,
             f"{entry.where}.deployments: found the tasks {found}; allowed: models of one task",
         )
-    teams = docs.names.get("Team", set())
+    teams = docs.names.get("Team", set()) | {"default"}
     for number, team in enumerate(entry.doc.teams):
         if team not in teams:
             report.unknown(entry.node.at("teams", number), f"{entry.where}.teams[{number}]", team, teams)

@@ -125,19 +125,25 @@ class Exchange:
         self, task: Task, body: bytes, headers: Mapping[str, str], deadline_ns: int
     ) -> Completion:
         """The whole answer, of at most `ANSWER_BYTES_MAX`.  Raises: as `core.ports.Engine.complete`."""
-        completion, _ = await self.complete_with_headers(task, body, headers, deadline_ns)
+        completion, _ = await self._complete(task, body, headers, deadline_ns, with_headers=False)
         return completion
 
     async def complete_with_headers(
         self, task: Task, body: bytes, headers: Mapping[str, str], deadline_ns: int
     ) -> tuple[Completion, dict[str, str]]:
         """As `complete`, with the reply's headers by lower-case name."""
+        return await self._complete(task, body, headers, deadline_ns, with_headers=True)
+
+    async def _complete(
+        self, task: Task, body: bytes, headers: Mapping[str, str], deadline_ns: int, *, with_headers: bool
+    ) -> tuple[Completion, dict[str, str]]:
         connection = None
         try:
             connection = await self._send(task, body, headers, deadline_ns)
             await self._expect(connection, task, "json")
             raw = await self._read_whole(connection)
-            return read_completion(task, raw, receipts=self._receipts), connection.headers()
+            completion = read_completion(task, raw, receipts=self._receipts)
+            return completion, connection.headers() if with_headers else {}
         except DeadlinePassed as error:
             raise self._too_late() from error
         except HttpFailure as error:

@@ -120,7 +120,10 @@ class KeyRing:
     def has_good(self) -> bool:
         """Whether `pick` would give a key."""
         now_ns = self._clock.now_ns()
-        return any(key.until_ns <= now_ns and key.trouble is None for key in self._keys)
+        for key in self._keys:  # not `any(...)`: this is asked for every request
+            if key.until_ns <= now_ns and key.trouble is None:
+                return True
+        return False
 
     def limit(self, key: Key, retry_after_s: float | None) -> None:
         """Rest a key that the server limits, for as long as it says."""

@@ -84,6 +84,7 @@ class LlamaCppEngine:
         name: str,
         model_path: Path,
         clock: Clock,
+        alias: str | None = None,
         context_tokens: int | None = None,
         parallel: int = 2,
         threads: int | None = None,
@@ -97,7 +98,8 @@ class LlamaCppEngine:
         """Check the file's header; `start` loads it.
 
         Args:
-            name: how answers and sentences call the model.
+            name: how sentences call the engine.
+            alias: how answers call the model; None takes `name`.
             model_path: a GGUF file.
             clock: for deadlines.
             context_tokens: prompt and answer of one request; None takes the model's own, 4096 at most.
@@ -133,7 +135,7 @@ class LlamaCppEngine:
             module="ondol.engines.llamacpp_child",
             config={
                 "model_path": str(model_path.resolve()),
-                "alias": name,
+                "alias": alias or name,
                 "context_tokens": context_tokens,
                 "parallel": parallel,
                 "threads": _processors() if threads is None else threads,

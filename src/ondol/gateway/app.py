@@ -139,8 +139,8 @@ class App:
             self._fail(proto, error, cors)
 
     async def _inference(self, task: Task, scope: Scope, proto: Any, received_ns: int, cors: Headers) -> None:
-        header = scope.headers.get
-        hang_up = _HangUp(proto)
+        header = dict(scope.headers.items()).get
+        watch = _Watch(proto)
         reply: Whole | Chunks | None = None
         try:
             # The key first: whoever has none gets no megabytes read.
@@ -150,7 +150,7 @@ class App:
                 raise Draining(
                     "this gateway is stopping; ask another, or again in a moment", retry_after_s=2.0
                 )
-            raw = await self._body(scope, proto, received_ns)
+            raw = await self._body(header("content-length"), proto, received_ns, watch)
             if not json_depth_ok(raw, self._limits.json_depth):
                 raise InvalidRequest(f"the JSON nests deeper than {self._limits.json_depth} levels")
             ask = Ask(task=task, raw=raw, header=header, received_ns=received_ns, wall_ns=wall_ns)
@@ -164,10 +164,10 @@ class App:
             else:
                 await self._send(proto, reply, cors)
         except asyncio.CancelledError:
-            if not hang_up.gone:
+            if not watch.gone:
                 raise
         finally:
-            hang_up.stop()
+            watch.stop()
             if isinstance(reply, Chunks):
                 reply.close()
 
@@ -182,17 +182,16 @@ class App:
             if type(error).__name__ != "RSGIProtocolClosed":
                 raise
 
-    async def _body(self, scope: Scope, proto: Any, received_ns: int) -> bytes:
+    async def _body(self, length: str | None, proto: Any, received_ns: int, watch: _Watch) -> bytes:
         """The whole body, in time and within its bound."""
-        length = scope.headers.get("content-length")
         meter = BodyMeter(self._limits, received_ns, length)
         refusal = meter.begin()
         if refusal is not None:
             raise _Stopped(refusal)
         if length is not None:
             # One wait for all of it: it may take as long as the slowest allowed body of that size.
-            watch = _Patience(meter.patience_ns(received_ns, int(length)))
-            raw: bytes = await watch.wait(proto(), meter)
+            watch.patience_ns = meter.patience_ns(received_ns, int(length))
+            raw: bytes = await watch.reading(proto(), meter)
             refusal = meter.feed(raw) or meter.finish()
             if refusal is not None:
                 raise _Stopped(refusal)
@@ -200,10 +199,10 @@ class App:
         parts: list[bytes] = []
         chunks = aiter(proto)
         while True:
-            watch = _Patience(meter.patience_ns(self._clock.now_ns()))
+            watch.patience_ns = meter.patience_ns(self._clock.now_ns())
             try:
                 # Not `anext(chunks, default)`: on granian's iterator that ends the process (CPython 3.11).
-                part = await watch.wait(chunks.__anext__(), meter)
+                part = await watch.reading(chunks.__anext__(), meter)
             except StopAsyncIteration:
                 break
             refusal = meter.feed(part)
@@ -242,10 +241,17 @@ class App:
                 headers=[("content-type", "text/plain; version=0.0.4; charset=utf-8")], body=self._metrics()
             )
         if path.startswith("/v1/ondol/"):
-            body = await self._body(scope, proto, self._clock.now_ns()) if method == "POST" else b""
+            body = await self._small_body(scope, proto) if method == "POST" else b""
             answer = await self._admin.handle(principal, method, path.removeprefix("/v1/ondol/"), body)
             return Whole(headers=JSON_HEADERS, body=answer)
         raise NotFound(f"{method} {path} does not exist; served are: {', '.join(SERVED)}")
+
+    async def _small_body(self, scope: Scope, proto: Any) -> bytes:
+        watch = _Watch(proto)
+        try:
+            return await self._body(scope.headers.get("content-length"), proto, self._clock.now_ns(), watch)
+        finally:
+            watch.stop()
 
     def _readiness(self) -> Whole:
         problem = "draining" if self.draining else self._ready()
@@ -317,57 +323,74 @@ class _Stopped(Exception):
         self.refusal = refusal
 
 
-class _Patience:
-    """A time limit on one await.  `asyncio.timeout` does the same for five times the cost."""
+class _Watch:
+    """Cancels the present task when its body comes too slowly, or when its client goes away.
 
-    __slots__ = ("_late", "_task", "_timer")
+    One timer for both: most requests have their body at once and their answer soon, and then nothing
+    more is started.  `asyncio.timeout` alone costs five times as much.
+    """
 
-    def __init__(self, patience_ns: int) -> None:
-        self._late = False
-        self._task = asyncio.current_task()
-        self._timer = asyncio.get_running_loop().call_later(max(patience_ns, 0) / NS_PER_S, self._cancel)
+    __slots__ = (
+        "_loop",
+        "_patience",
+        "_proto",
+        "_reading",
+        "_task",
+        "_timer",
+        "_watch",
+        "gone",
+        "patience_ns",
+    )
 
-    def _cancel(self) -> None:
-        self._late = True
-        if self._task is not None:
-            self._task.cancel()
+    def __init__(self, proto: Any) -> None:
+        self.gone = False
+        self.patience_ns = 0
+        self._proto = proto
+        self._reading = False
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task(self._loop)
+        self._patience: asyncio.TimerHandle | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = self._loop.call_later(WATCH_AFTER_S, self._look)
 
-    async def wait(self, what: Awaitable[bytes], meter: BodyMeter) -> bytes:
-        """The awaited bytes; `_Stopped` when time is up first."""
+    async def reading(self, what: Awaitable[bytes], meter: BodyMeter) -> bytes:
+        """The awaited part of a body; `_Stopped` when `patience_ns` is over first."""
+        self._reading = True
+        if self._timer is None:
+            self._look()
         try:
             return await what
         except asyncio.CancelledError:
-            if self._late:
+            if self._patience is not None and self._loop.time() >= self._patience.when():
                 raise _Stopped(meter.too_slow()) from None
             raise
         finally:
-            self._timer.cancel()
+            self._reading = False
+            if self._patience is not None:
+                self._patience.cancel()
+                self._patience = None
+            if self._timer is None and self._watch is None:
+                self._timer = self._loop.call_later(WATCH_AFTER_S, self._look)
 
+    def _look(self) -> None:
+        self._timer = None
+        if self._reading:
+            self._patience = self._loop.call_later(max(self.patience_ns, 0) / NS_PER_S, self._cancel)
+        elif self._watch is None:
+            self._watch = self._loop.create_task(self._wait())
 
-class _HangUp:
-    """Cancels the present task when the client goes away; watches only what takes a while."""
-
-    __slots__ = ("_proto", "_task", "_timer", "_watch", "gone")
-
-    def __init__(self, proto: Any) -> None:
-        loop = asyncio.get_running_loop()
-        self.gone = False
-        self._proto = proto
-        self._task = asyncio.current_task()
-        self._watch: asyncio.Task[None] | None = None
-        self._timer = loop.call_later(WATCH_AFTER_S, self._start)
-
-    def _start(self) -> None:
-        self._watch = asyncio.get_running_loop().create_task(self._wait())
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
 
     async def _wait(self) -> None:
         await self._proto.client_disconnect()
         self.gone = True
-        if self._task is not None:
-            self._task.cancel()
+        self._cancel()
 
     def stop(self) -> None:
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         if self._watch is not None:
             self._watch.cancel()
 

@@ -119,13 +119,16 @@ class Assembly:
                 # No read timeout of its own: an answer in one piece is silent until it is whole, and the
                 # request's deadline bounds it.
                 return LlamaCppEngine(
-                    name=doc.name, model_path=self._model_file(model), clock=self._clock,
+                    name=doc.name, alias=model.name, model_path=self._model_file(model), clock=self._clock,
                     context_tokens=doc.context_tokens, parallel=doc.parallel or PARALLEL_LOCAL,
                     threads=_threads(doc), capabilities=can, connect_timeout_s=doc.connect_timeout_s,
                 )  # fmt: skip
             case "encoder":
                 return EncoderEngine(
-                    name=doc.name, clock=self._clock, threads=doc.threads or 1, capabilities=can or frozenset()
+                    name=doc.name,
+                    clock=self._clock,
+                    threads=doc.threads or 1,
+                    capabilities=can or frozenset(),
                 )
             case "fake":
                 return FakeEngine(

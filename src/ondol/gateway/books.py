@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import msgspec
 
 from ondol.core.catalog import Catalog
-from ondol.core.inference import Chunk
+from ondol.core.inference import Chunk, Usage
 from ondol.core.ports import Clock, Ledger
 from ondol.core.usage import UsageRecord
 from ondol.errors import LedgerUnavailable, OndolError
@@ -20,7 +20,7 @@ from ondol.gateway.budget import Budgets
 from ondol.gateway.cache import Entry, ExactCache
 from ondol.gateway.call import Call
 from ondol.gateway.endpoints import Endpoint, Running
-from ondol.gateway.meter import Spent, Totals, attempt, record_of, totals
+from ondol.gateway.meter import Spent, Totals, attempt, nothing, record_of, totals
 from ondol.gateway.quota import Quotas
 from ondol.units import NS_PER_S
 
@@ -70,7 +70,11 @@ class Books:
         error: OndolError | None = None,
     ) -> tuple[UsageRecord, Totals]:  # fmt: skip
         """Settle budgets and limits, tell the observer, and make the record; not yet durable."""
-        sums = totals(call.attempts, view.catalog.gateway.currency)
+        currency = view.catalog.gateway.currency
+        if entry is None:
+            sums = totals(call.attempts, currency)
+        else:
+            sums = nothing(entry.usage or Usage(), currency)
         call.closed = True
         record = record_of(
             call, sums, outcome=outcome, status=status, site=view.catalog.site.name, gateway=self._gateway,

@@ -9,6 +9,7 @@ import msgspec
 from ondol.core.catalog import RouteDoc
 from ondol.core.identity import Hints, Principal
 from ondol.core.inference import DataClass, InferenceRequest, Objective, Task
+from ondol.core.money import Money
 from ondol.core.usage import Attempt, Decision
 from ondol.gateway.budget import Reservation
 from ondol.gateway.quota import Granted
@@ -48,7 +49,7 @@ class Call:
     __slots__ = (
         "attempts", "budgets", "cache", "cache_key", "closed", "data_class", "deadline_ns", "decision",
         "engine_ns", "granted", "hints", "max_output_tokens", "objective", "principal", "raw", "received_ns",
-        "request", "request_id", "reservation", "route", "tags", "ttft_ns", "wall_ns",
+        "request", "request_id", "reservation", "route", "tags", "ttft_ns", "wall_ns", "worst",
     )  # fmt: skip
 
     def __init__(
@@ -79,6 +80,7 @@ class Call:
         self.engine_ns = 0
         self.ttft_ns: int | None = None
         self.closed = False
+        self.worst: dict[str, Money | None] = {}
 
 
 def merged_tags(

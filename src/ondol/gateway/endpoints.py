@@ -45,6 +45,7 @@ class Endpoint:
         self.context_tokens = context_tokens
         self.quality = doc.quality if doc.quality is not None else model.quality
         self.in_flight = 0
+        self.token_ms = 0.0
 
     def worst(self, request: InferenceRequest, max_output_tokens: int) -> Money | None:
         """The most that this request can cost here; None when the endpoint has no price."""
@@ -66,6 +67,7 @@ class Endpoint:
             queue_depth=self._waiting(),
             now_ns=now_ns,
         )
+        self.token_ms = expected.per_token_ms
         problem = self.engine.problem()
         if problem is None and not self.breaker.allows(now_ns):
             problem = self.breaker.state_sentence(now_ns)
@@ -165,10 +167,7 @@ class Running:
 
     def _first_of_whole(self, tokens: int, total_ns: int) -> int:
         """The time to the first token of an answer that came in one piece: its end less its tokens."""
-        guess = self.endpoint.predictor.predict(
-            self.endpoint.name, prompt_tokens=0, output_tokens_max=0, queue_depth=0, now_ns=self.started_ns
-        )
-        return max(0, total_ns - int(tokens * guess.per_token_ms * NS_PER_MS))
+        return max(0, total_ns - int(tokens * self.endpoint.token_ms * NS_PER_MS))
 
 
 def deadline(received_ns: int, timeout_s: float, max_latency_ms: int | None) -> int:

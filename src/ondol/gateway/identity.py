@@ -8,6 +8,7 @@ was revoked.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from hashlib import blake2b
 from hmac import compare_digest
 from typing import Final, NoReturn
 from urllib.parse import unquote
@@ -15,12 +16,12 @@ from urllib.parse import unquote
 import msgspec
 
 from ondol.core.apikeys import mac, make_key, parse_key
-from ondol.core.catalog import RouteDoc
 from ondol.core.identity import ApiKey, Origin, Principal
 from ondol.errors import ExpiredApiKey, InvalidRequest, RevokedApiKey, Unauthenticated
 
-__all__ = ["authenticate", "mac", "make_key", "may_use", "on_behalf", "parse_key"]
+__all__ = ["Authenticator", "authenticate", "mac", "make_key", "on_behalf", "parse_key"]
 
+PROOFS_MAX: Final = 4096
 HOPS_MAX: Final = 8
 """Longer ways through sites are loops."""
 
@@ -68,11 +69,35 @@ def authenticate(
     )
 
 
-def may_use(principal: Principal, route: RouteDoc) -> bool:
-    """Whether the key's routes and the route's teams both allow it; empty means all."""
-    return (not principal.routes or route.name in principal.routes) and (
-        not route.teams or principal.team in route.teams
-    )
+class Authenticator:
+    """`authenticate`, with good proofs remembered until any key changes.
+
+    A proof is remembered by a keyed hash of the header, never by the header.  Bounded; owned by the
+    pipeline.  A remembered proof takes 1.2 us, a new one 5.
+    """
+
+    def __init__(self, pepper: bytes) -> None:
+        self._pepper = pepper
+        self._keys: Mapping[str, ApiKey] = {}
+        self._proved: dict[bytes, tuple[Principal, int | None]] = {}
+
+    def principal(self, authorization: str | None, keys: Mapping[str, ApiKey], wall_ns: int) -> Principal:
+        """The principal of a good key; `keys` is a new mapping after every change.
+
+        Raises:
+            Unauthenticated: as `authenticate` does.
+        """
+        if keys is not self._keys:
+            self._keys, self._proved = keys, {}
+        name = blake2b((authorization or "").encode(), key=self._pepper, digest_size=16).digest()
+        known = self._proved.get(name)
+        if known is not None and (known[1] is None or wall_ns < known[1]):
+            return known[0]
+        principal = authenticate(authorization, keys, self._pepper, wall_ns)
+        if len(self._proved) >= PROOFS_MAX:
+            self._proved.clear()
+        self._proved[name] = principal, keys[principal.key_id].expires_ns
+        return principal
 
 
 def on_behalf(principal: Principal, *, origin: str | None, hops: str | None, behalf: str | None) -> Principal:

@@ -164,6 +164,15 @@ def totals(attempts: Sequence[Attempt], currency: str) -> Totals:
     )
 
 
+def nothing(usage: Usage, currency: str) -> Totals:
+    """The totals of a hit of the cache: its tokens, at no cost and no energy."""
+    free = Money(0, currency)
+    return Totals(
+        usage=usage, cost=free, unpriced=False, energy_uj=0, carbon_ng=0, shown_cost=free, shown_energy_uj=0,
+        shown_carbon_ng=0,
+    )  # fmt: skip
+
+
 def _single(one: Attempt, currency: str) -> Totals:
     """The usual case without loops: one attempt at an engine that this site pays."""
     used = one.usage.input_tokens or one.usage.output_tokens
@@ -191,9 +200,6 @@ def record_of(
     if last is None and call.attempts:
         last = call.attempts[-1]
     total_ns = now_ns - call.received_ns
-    usage = sums.usage
-    if entry is not None and entry.usage is not None:
-        usage = entry.usage
     return UsageRecord(
         request_id=call.request_id,
         time_ns=call.wall_ns,
@@ -211,12 +217,12 @@ def record_of(
         model=entry.model if entry is not None else last.model if last is not None else "",
         deployment=entry.deployment if entry is not None else last.deployment if last is not None else "",
         answered_by=site if entry is not None else last.site if last is not None else "",
-        usage=usage,
+        usage=sums.usage,
         cost=sums.cost.amount,
         currency=sums.cost.currency,
         unpriced=sums.unpriced,
-        energy_uj=0 if entry is not None else sums.energy_uj,
-        carbon_ng=0 if entry is not None else sums.carbon_ng,
+        energy_uj=sums.energy_uj,
+        carbon_ng=sums.carbon_ng,
         ttft_ns=call.ttft_ns,
         total_ns=total_ns,
         overhead_ns=max(0, total_ns - call.engine_ns)

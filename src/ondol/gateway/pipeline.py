@@ -37,7 +37,7 @@ from ondol.gateway.classify import classify
 from ondol.gateway.endpoints import Endpoint, Running, deadline
 from ondol.gateway.explain import exhausted_sentence
 from ondol.gateway.hints import parse_hints
-from ondol.gateway.identity import authenticate, on_behalf
+from ondol.gateway.identity import Authenticator, on_behalf
 from ondol.gateway.meter import Spent
 from ondol.gateway.policy import admit, find_route
 from ondol.gateway.quota import rate_headers
@@ -65,14 +65,14 @@ class Pipeline:
         self.view = view
         self._books = books
         self._keys = keys
-        self._pepper = pepper
+        self._authenticator = Authenticator(pepper)
         self._clock = clock
         self._new_id = new_id
         self._retries = RetryBudget()
 
     def principal(self, header: Callable[[str], str | None], wall_ns: int) -> Principal:
         """Authenticate a request by its headers (the first stage, also for administration)."""
-        principal = authenticate(header("authorization"), self._keys.snapshot(), self._pepper, wall_ns)
+        principal = self._authenticator.principal(header("authorization"), self._keys.snapshot(), wall_ns)
         self._keys.touch(principal.key_id, wall_ns)
         if principal.kind != "peer":
             return principal
@@ -220,15 +220,21 @@ class Pipeline:
     def _candidate(self, endpoint: Endpoint, call: Call, now_ns: int) -> Candidate:
         affordable = True
         if call.budgets or call.hints.max_cost is not None:
-            worst = endpoint.worst(call.request, call.max_output_tokens)
+            worst = self._worst(call, endpoint)
             affordable = self._books.budgets.can_afford(call.budgets, worst, call.wall_ns)
             affordable = affordable and _within(call.hints.max_cost, worst)
         return endpoint.candidate(call.request, call.max_output_tokens, now_ns, affordable=affordable)
 
+    def _worst(self, call: Call, endpoint: Endpoint) -> Money | None:
+        """The most that the request can cost there; asked for by `schedule`, then by `reserve`."""
+        if endpoint.name not in call.worst:
+            call.worst[endpoint.name] = endpoint.worst(call.request, call.max_output_tokens)
+        return call.worst[endpoint.name]
+
     def _what_is_left(self, view: View, call: Call) -> BudgetExhausted | None:
         """The refusal of a budget, with what it has left; None where the caller's own ceiling refused."""
         for endpoint in view.routes[call.route.name]:
-            worst = endpoint.worst(call.request, call.max_output_tokens)
+            worst = self._worst(call, endpoint)
             refusal = self._books.budgets.refusal(call.budgets, worst, call.wall_ns)
             if refusal is not None:
                 return BudgetExhausted(exhausted_sentence(refusal))
@@ -238,7 +244,7 @@ class Pipeline:
         """Set the worst case at this endpoint aside in every budget that covers the request."""
         if not call.budgets:
             return
-        worst = endpoint.worst(call.request, call.max_output_tokens)
+        worst = self._worst(call, endpoint)
         while True:
             answer = self._books.budgets.reserve(call.budgets, worst, call.wall_ns)
             if isinstance(answer, NeedsLease):

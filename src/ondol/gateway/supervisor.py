@@ -6,6 +6,7 @@ Order of an end: stop accepting, drain, stop the engines, flush the ledger, clos
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import secrets
@@ -86,6 +87,7 @@ class _Site:
         self._stop = asyncio.Event()
         self._changed = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
+        self._warm = False
 
     async def run(self) -> int:
         """Open, serve until told to stop, close."""
@@ -98,6 +100,8 @@ class _Site:
         serving = loop.create_task(server.serve())
         try:
             await asyncio.gather(*(self._start_engine(engine) for engine in self._starting))
+            self._warm = True
+            _settle_memory()
             self._spawn(self._poll())
             self._spawn(self._housekeeping())
             LOG.info(
@@ -192,7 +196,9 @@ class _Site:
                 continue
 
     def _not_ready(self) -> str | None:
-        """None when every route has an endpoint that can answer."""
+        """None when every engine has started once, and every route has an endpoint that can answer."""
+        if not self._warm:
+            return "engines are starting"
         for name, endpoints in self._pipeline.view.routes.items():
             problems = [one.engine.problem() for one in endpoints]
             if None not in problems:
@@ -325,10 +331,20 @@ class _Site:
         self._keys.write_last_used()
         self._keys.close()
         self._captures.close()
-        if not serving.done():
-            serving.cancel()
+        # A server that still waits for a client ends with the process; its late callbacks are no news.
+        asyncio.get_running_loop().set_exception_handler(_ignore_late_callbacks)
         LOG.info("stopped")
         return 1 if failed else 0
+
+
+def _settle_memory() -> None:
+    """Keep what was loaded at start out of every later garbage collection, and collect less often.
+
+    Requests leave no cycles behind, so a young collection every 700 objects finds nothing to do.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 def _must_be_free(listen: str) -> None:
@@ -343,6 +359,12 @@ def _must_be_free(listen: str) -> None:
             raise ConfigError(
                 f"cannot listen on {listen}: {error.strerror}; stop what uses it, or change `listen` in the file"
             ) from error
+
+
+def _ignore_late_callbacks(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Drop what the server's threads say to futures that are already cancelled; log the rest."""
+    if not isinstance(context.get("exception"), asyncio.InvalidStateError):
+        loop.default_exception_handler(context)
 
 
 async def _in_thread(work: Callable[..., Any], *args: Any) -> None:
