@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -86,12 +86,12 @@ class Clock(Protocol):
 class Ledger(Protocol):
     """The append-only record of what happened and what it cost."""
 
-    async def append(self, record: UsageRecord) -> int:
-        """Return the record's sequence number once it is durable (synced), never before.
+    def submit(self, record: UsageRecord) -> Awaitable[int]:
+        """Queue the record now; awaiting gives its sequence number once it is durable, never before.
 
         Cancelling the waiter does not take the record back.
 
-        Raises:
+        Raises (also when awaited):
             LedgerUnavailable: it could not be committed; nothing of it is kept.
         """
         ...

@@ -101,7 +101,7 @@ class Books:
         outcome = "cancelled" if error is None else "refused" if not call.attempts else "failed"
         record, _ = self.record(view, call, outcome, 499 if error is None else 500, error=error)
         try:
-            await self.ledger.append(record)
+            await self.ledger.submit(record)
         except LedgerUnavailable:
             self._observer.noted("record_lost_with_failed_request", request_id=call.request_id)
 

@@ -5,12 +5,10 @@ The pipeline owns this state; stages see frozen `Candidate` snapshots of it.
 
 from __future__ import annotations
 
-import msgspec
-
 from ondol.core.catalog import ModelDoc, SiteDoc
 from ondol.core.energy import carbon
 from ondol.core.inference import InferenceRequest
-from ondol.core.money import Money
+from ondol.core.money import Money, Price
 from ondol.core.ports import Engine
 from ondol.core.usage import Attempt
 from ondol.gateway.breaker import Breaker
@@ -46,6 +44,7 @@ class Endpoint:
         self.quality = doc.quality if doc.quality is not None else model.quality
         self.in_flight = 0
         self.token_ms = 0.0
+        self._rates = None if terms.price is None else _rates(terms.price)
 
     def worst(self, request: InferenceRequest, max_output_tokens: int) -> Money | None:
         """The most that this request can cost here; None when the endpoint has no price."""
@@ -72,10 +71,9 @@ class Endpoint:
         if problem is None and not self.breaker.allows(now_ns):
             problem = self.breaker.state_sentence(now_ns)
         cost: float | None = None
-        price = self.terms.price
-        if price is not None:
-            tokens = price.cost(input_tokens=request.prompt_tokens, output_tokens=int(expected.output_tokens))
-            cost = tokens.amount / 10 ** CURRENCY_SCALE[tokens.currency]
+        rates = self._rates
+        if rates is not None:
+            cost = rates[0] + request.prompt_tokens * rates[1] + expected.output_tokens * rates[2]
         return Candidate(
             name=self.name,
             site=self.site.name,
@@ -143,8 +141,7 @@ class Running:
         endpoint.breaker.record(
             self.ticket, spent.outcome, now_ns, began=ttft is not None, retry_after_s=spent.retry_after_s
         )
-        spent = msgspec.structs.replace(spent, ttft_ns=ttft, total_ns=total, concurrency=concurrency)
-        done = attempt(endpoint.terms, request, spent)
+        done = attempt(endpoint.terms, request, spent, ttft_ns=ttft, total_ns=total, concurrency=concurrency)
         if spent.outcome == "ok":
             self._learn(request, max_output_tokens, done, now_ns)
         return done
@@ -168,6 +165,12 @@ class Running:
     def _first_of_whole(self, tokens: int, total_ns: int) -> int:
         """The time to the first token of an answer that came in one piece: its end less its tokens."""
         return max(0, total_ns - int(tokens * self.endpoint.token_ms * NS_PER_MS))
+
+
+def _rates(price: Price) -> tuple[float, float, float]:
+    """A request, an input token, an output token, in whole units of the currency: for comparing only."""
+    unit = 10.0 ** CURRENCY_SCALE[price.currency]
+    return price.request / unit, price.input / (1e6 * unit), price.output / (1e6 * unit)
 
 
 def deadline(received_ns: int, timeout_s: float, max_latency_ms: int | None) -> int:

@@ -38,9 +38,6 @@ class Spent(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | None = None
     model: str | None = None
     receipt: Receipt | None = None
-    ttft_ns: int | None = None
-    total_ns: int = 0
-    concurrency: float = 1.0
     pieces: int = 0
     error: str | None = None
     retry_after_s: float | None = None
@@ -51,8 +48,11 @@ def estimated_usage(request: InferenceRequest, pieces: int) -> Usage:
     return Usage(input_tokens=request.prompt_tokens, output_tokens=pieces, estimated=True)
 
 
-def attempt(terms: Terms, request: InferenceRequest, spent: Spent) -> Attempt:
-    """The record of one attempt.
+def attempt(
+    terms: Terms, request: InferenceRequest, spent: Spent, *, ttft_ns: int | None = None, total_ns: int = 0,
+    concurrency: float = 1.0,
+) -> Attempt:  # fmt: skip
+    """The record of one attempt that took `total_ns`, beside `concurrency` others on average.
 
     What failed before its first byte used nothing that we know of, so it has no usage; what was
     cancelled or broke later is charged by what was seen of it.
@@ -65,11 +65,11 @@ def attempt(terms: Terms, request: InferenceRequest, spent: Spent) -> Attempt:
     peer = terms.deployment.engine == "peer"
     cost = None if peer else price_of(terms.price, usage)
     energy = None
-    if not peer and terms.energy is not None and spent.total_ns > 0:
+    if not peer and terms.energy is not None and total_ns > 0:
         energy = terms.energy.answer_energy(
-            busy_ns=spent.total_ns,
+            busy_ns=total_ns,
             threads=terms.threads,
-            concurrency=spent.concurrency,
+            concurrency=concurrency,
             output_tokens=usage.output_tokens,
             input_tokens=usage.input_tokens,
         )
@@ -91,8 +91,8 @@ def attempt(terms: Terms, request: InferenceRequest, spent: Spent) -> Attempt:
         energy_method=energy[1] if energy is not None else None,
         carbon_ng=emitted,
         carbon_source=f"{grid.zone} {grid.year}" if emitted is not None and grid is not None else None,
-        ttft_ns=spent.ttft_ns,
-        total_ns=spent.total_ns,
+        ttft_ns=ttft_ns,
+        total_ns=total_ns,
         error=spent.error,
         peer_request=receipt.request_id if receipt is not None else None,
         peer_cost=receipt.cost.amount if receipt is not None and receipt.cost is not None else None,

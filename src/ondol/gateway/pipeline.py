@@ -162,7 +162,7 @@ class Pipeline:
         call.cache = "exact"
         call.decision = Decision(code="cache_exact", objective=call.objective.value, chosen=entry.deployment)
         record, sums = self._books.record(view, call, "completed", 200, entry=entry)
-        await self._books.ledger.append(record)
+        await self._books.ledger.submit(record)
         overhead = self._clock.now_ns() - call.received_ns
         headers = [*place_headers(record), *took_headers(sums, overhead), *self._rates(call)]
         if not call.request.stream:
@@ -287,7 +287,7 @@ class Pipeline:
         )
         self._end_attempt(call, running, spent)
         record, sums = self._books.record(view, call, "completed", 200)
-        await self._books.ledger.append(record)
+        await self._books.ledger.submit(record)
         self._books.keep(view, call, record, sums, body=completion.body)
         overhead = self._clock.now_ns() - call.received_ns - call.engine_ns
         headers = [*place_headers(record), *took_headers(sums, overhead), *self._rates(call), *JSON_HEADERS]
@@ -331,7 +331,7 @@ class Pipeline:
         record, sums = self._books.record(view, call, "completed", 200)
         overhead = call.ttft_ns - call.engine_ns if call.ttft_ns is not None else 0
         call.closed = True
-        await self._books.ledger.append(record)
+        await self._books.ledger.submit(record)
         if ending.collected:
             self._books.keep(view, call, record, sums, chunks=ending.collected)
         return closing(record, sums, overhead)

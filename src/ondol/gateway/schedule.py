@@ -9,7 +9,7 @@ import msgspec
 from ondol.core.inference import Capability, DataClass, Objective, Task
 from ondol.core.usage import Decision, Dropped
 from ondol.errors import BudgetExhausted, NoEndpoint, OndolError, Overloaded, Unsupported
-from ondol.gateway.scorers import FACTORS, WEIGHTS, higher_is_better, lower_is_better, queue_room
+from ondol.gateway.scorers import FACTORS, WEIGHTS, best_of, scores_of
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,41 +129,40 @@ def _only(wish: Wish, one: Candidate, stays: str | None, dropped: tuple[Dropped,
 
 def _pick(wish: Wish, able: list[Candidate], stays: str | None, dropped: tuple[Dropped, ...]) -> Choice:
     weights = WEIGHTS[wish.objective]
-    values: tuple[list[float | None], ...] = (
-        [c.total_ms for c in able],
-        [c.cost for c in able],
-        [c.carbon_g for c in able],
-        [c.quality for c in able],
-        [float(c.in_flight) for c in able],
-    )
-    scores = (
-        lower_is_better(values[0]),
-        lower_is_better(values[1]),
-        lower_is_better(values[2]),
-        higher_is_better(values[3]),
-        [queue_room(c.in_flight, c.parallel) for c in able],
-    )
-    totals = [sum(w * s[i] for w, s in zip(weights, scores, strict=True)) for i in range(len(able))]
-    ranked = sorted(range(len(able)), key=lambda i: (-totals[i], able[i].name))
-    first, second = ranked[0], ranked[1]
-    lost = max(range(len(FACTORS)), key=lambda f: weights[f] * (scores[f][first] - scores[f][second]))
+    best = best_of(able)
+    ranked = []
+    for one in able:
+        scores = scores_of(one, best)
+        w, s = weights, scores
+        total = w[0] * s[0] + w[1] * s[1] + w[2] * s[2] + w[3] * s[3] + w[4] * s[4]
+        ranked.append((-total, one.name, scores, one))
+    ranked.sort()
+    _, _, ours, first = ranked[0]
+    _, _, theirs, second = ranked[1]
+    gaps = [w * (a - b) for w, a, b in zip(weights, ours, theirs, strict=True)]
+    lost = gaps.index(max(gaps))
     code = REASONS[wish.objective]
     named = _FACTOR_OF.get(code)
-    if named is not None and scores[named][first] < max(scores[named]):
+    if named is not None and any(scores[named] > ours[named] for _, _, scores, _ in ranked):
         code = "balance"
     if stays is not None and any(d.code == stays for d in dropped):
         code = stays
     decision = Decision(
         code=code,
         objective=wish.objective.value,
-        chosen=able[first].name,
-        runner_up=able[second].name,
+        chosen=first.name,
+        runner_up=second.name,
         lost_on=FACTORS[lost],
-        chosen_value=values[lost][first],
-        runner_up_value=values[lost][second],
+        chosen_value=_value(first, lost),
+        runner_up_value=_value(second, lost),
         dropped=dropped,
     )
-    return Choice(order=tuple(able[i].name for i in ranked), decision=decision)
+    return Choice(order=tuple([name for _, name, _, _ in ranked]), decision=decision)
+
+
+def _value(one: Candidate, factor: int) -> float | None:
+    """The figure behind a factor's score."""
+    return (one.total_ms, one.cost, one.carbon_g, one.quality, float(one.in_flight))[factor]
 
 
 _WHY = {

@@ -8,7 +8,7 @@ extension (proposal 0845).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from ondol.core.inference import Objective
 
@@ -24,19 +24,69 @@ WEIGHTS: Final[dict[str, tuple[float, ...]]] = {
 """Weights of FACTORS by objective; each row sums to 1.  The named factor outweighs the others together."""
 
 
-def lower_is_better(values: Sequence[float | None]) -> list[float]:
-    """The best value over each; unknown scores 0, and nothing scores better than free."""
-    known = [value for value in values if value is not None]
-    best = min(known, default=0.0)
-    return [0.0 if v is None else 1.0 if v <= best else best / v for v in values]
+class Scored(Protocol):
+    """What is scored of a candidate; None means unknown."""
+
+    @property
+    def total_ms(self) -> float:
+        """Expected time of the whole answer."""
+        ...
+
+    @property
+    def cost(self) -> float | None:
+        """Expected cost."""
+        ...
+
+    @property
+    def carbon_g(self) -> float | None:
+        """Expected carbon."""
+        ...
+
+    @property
+    def quality(self) -> float | None:
+        """Prior of its quality, in [0, 1]."""
+        ...
+
+    @property
+    def in_flight(self) -> int:
+        """Requests there now."""
+        ...
+
+    @property
+    def parallel(self) -> int:
+        """Requests that it runs at once."""
+        ...
 
 
-def higher_is_better(values: Sequence[float | None]) -> list[float]:
-    """Each value over the best; unknown scores 0."""
-    best = max((value for value in values if value is not None), default=0.0)
-    return [0.0 if value is None or best <= 0 else value / best for value in values]
+Best = tuple[float, float | None, float | None, float]
+"""The least time, cost and carbon, and the most quality, among the candidates of one request."""
 
 
-def queue_room(in_flight: int, parallel: int) -> float:
-    """1 while a slot is free, then the share of a slot that one more request would get."""
-    return 1.0 if in_flight < parallel else parallel / (in_flight + 1)
+def best_of(candidates: Sequence[Scored]) -> Best:
+    """What each candidate is measured against."""
+    costs = [one.cost for one in candidates if one.cost is not None]
+    carbons = [one.carbon_g for one in candidates if one.carbon_g is not None]
+    qualities = [one.quality for one in candidates if one.quality is not None]
+    return (
+        min([one.total_ms for one in candidates]),
+        min(costs) if costs else None,
+        min(carbons) if carbons else None,
+        max(qualities) if qualities else 0.0,
+    )
+
+
+def scores_of(one: Scored, best: Best) -> tuple[float, float, float, float, float]:
+    """The scores of FACTORS: the best over its own value, and for quality its own over the best.
+
+    Unknown scores 0.  The queue scores 1 while a slot is free, then the share of a slot that one more
+    request would get.
+    """
+    total, cost, carbon, quality = one.total_ms, one.cost, one.carbon_g, one.quality
+    least, cheapest, greenest, finest = best
+    return (
+        least / total if total > least else 1.0,
+        0.0 if cost is None or cheapest is None else cheapest / cost if cost > cheapest else 1.0,
+        0.0 if carbon is None or greenest is None else greenest / carbon if carbon > greenest else 1.0,
+        0.0 if quality is None or finest <= 0 else quality / finest,
+        1.0 if one.in_flight < one.parallel else one.parallel / (one.in_flight + 1),
+    )
