@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -102,11 +103,15 @@ class Answer:
 class Site:
     """One running site."""
 
-    def __init__(self, folder: Path, port: int, process: subprocess.Popen[bytes]) -> None:
+    def __init__(
+        self, folder: Path, port: int, process: subprocess.Popen[bytes], *, scheme: str = "http",
+        trusted: ssl.SSLContext | None = None,
+    ) -> None:  # fmt: skip
         self.folder = folder
         self.port = port
         self.process = process
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"{scheme}://127.0.0.1:{port}"
+        self.trusted = trusted
 
     @property
     def admin_key(self) -> str:
@@ -132,7 +137,7 @@ class Site:
         for name, value in headers.items():
             request.add_header(name.replace("_", "-"), value)
         try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
+            with urllib.request.urlopen(request, timeout=60, context=self.trusted) as reply:
                 return Answer(reply.status, _lower(reply.headers), reply.read())
         except urllib.error.HTTPError as error:
             with error:
@@ -183,6 +188,8 @@ def start(
     port: int | None = None,
     env: dict[str, str] | None = None,
     gateway: str = "",
+    scheme: str = "http",
+    trusted: ssl.SSLContext | None = None,
 ) -> Site:
     """Start a site with HEAD and these documents, and wait until it is ready."""
     port = port or free_port()
@@ -196,7 +203,7 @@ def start(
             [sys.executable, "-m", "ondol", "run", "site", "--config", str(config)],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | (env or {}),
         )  # fmt: skip
-    running = Site(folder, port, process)
+    running = Site(folder, port, process, scheme=scheme, trusted=trusted)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if process.poll() is not None:

@@ -37,7 +37,7 @@ def site(
     def load() -> Catalog:
         return configuration.load(config, insecure=insecure)
 
-    return run_site(load=load, path=config, insecure=insecure)
+    return run_site(load=load, path=config)
 
 
 def _end_with_parent() -> None:

@@ -25,7 +25,7 @@ from ondol.engines.upstream import UpstreamEngine
 from ondol.errors import ConfigError
 from ondol.gateway.books import View
 from ondol.gateway.breaker import Breaker
-from ondol.gateway.endpoints import Endpoint
+from ondol.gateway.endpoints import Endpoint, Power
 from ondol.gateway.meter import Terms
 from ondol.gateway.predict import Predictor, prior
 from ondol.units import UJ_PER_J
@@ -44,6 +44,7 @@ class Assembly:
         self._random = Random(seed)  # noqa: S311 - spreads probes in time, guards nothing
         self._predictor = Predictor()
         self._cpu = cpu_power()
+        self.power = Power()
 
     def view(self, catalog: Catalog, before: View | None = None) -> tuple[View, list[Engine], list[Engine]]:
         """The view of a catalogue, the engines to start, and the old view's engines to close.
@@ -84,7 +85,7 @@ class Assembly:
         local_context = engine.context_tokens if isinstance(engine, LlamaCppEngine) else None
         endpoint = Endpoint(
             terms=terms, model=model, site=catalog.sites[doc.site], engine=engine, breaker=breaker,
-            predictor=self._predictor, here=catalog.site.name,
+            predictor=self._predictor, here=catalog.site.name, power=self.power,
             context_tokens=local_context or doc.context_tokens or model.context_tokens,
         )  # fmt: skip
         self._predictor.add(

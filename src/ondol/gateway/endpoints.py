@@ -6,7 +6,7 @@ The pipeline owns this state; stages see frozen `Candidate` snapshots of it.
 from __future__ import annotations
 
 from ondol.core.catalog import ModelDoc, SiteDoc
-from ondol.core.energy import carbon
+from ondol.core.energy import MeasuredPower, carbon
 from ondol.core.inference import InferenceRequest
 from ondol.core.money import Money, Price
 from ondol.core.ports import Engine
@@ -21,12 +21,31 @@ PARALLEL_UNSTATED = 1024
 """What an upstream is taken to run at once when its deployment does not say."""
 
 
+class Power:
+    """What the machine's own meter says, shared by the endpoints whose engines run on it.
+
+    `busy_thread_ns` is the processor time of their answers since the last look; the composition root looks.
+    """
+
+    def __init__(self) -> None:
+        """Know nothing, as on a machine without a meter."""
+        self.measured = MeasuredPower()
+        self.busy_thread_ns = 0
+
+    def look(self, *, package_uj: int, window_ns: int, cpus: int) -> None:
+        """Fold what the meter counted in a window of time."""
+        self.measured = self.measured.after(
+            package_uj=package_uj, window_ns=window_ns, busy_thread_ns=self.busy_thread_ns, cpus=cpus
+        )
+        self.busy_thread_ns = 0
+
+
 class Endpoint:
     """One running instance of a deployment."""
 
     def __init__(
         self, *, terms: Terms, model: ModelDoc, site: SiteDoc, engine: Engine, breaker: Breaker,
-        predictor: Predictor, here: str, context_tokens: int | None,
+        predictor: Predictor, here: str, context_tokens: int | None, power: Power,
     ) -> None:  # fmt: skip
         """Bind what does not change while this endpoint lives.  `predictor` knows it by name already."""
         doc = terms.deployment
@@ -37,6 +56,7 @@ class Endpoint:
         self.engine = engine
         self.breaker = breaker
         self.predictor = predictor
+        self.power = power
         self.local = site.name == here
         self.parallel = doc.parallel or PARALLEL_UNSTATED
         self.queue = doc.queue
@@ -141,7 +161,13 @@ class Running:
         endpoint.breaker.record(
             self.ticket, spent.outcome, now_ns, began=ttft is not None, retry_after_s=spent.retry_after_s
         )
-        done = attempt(endpoint.terms, request, spent, ttft_ns=ttft, total_ns=total, concurrency=concurrency)
+        energy, power = endpoint.terms.energy, endpoint.power
+        if energy is not None and energy.local:
+            power.busy_thread_ns += int(total * endpoint.terms.threads / concurrency)
+        done = attempt(
+            endpoint.terms, request, spent, ttft_ns=ttft, total_ns=total, concurrency=concurrency,
+            measured_uw_per_thread=power.measured.uw_per_thread,
+        )  # fmt: skip
         if spent.outcome == "ok":
             self._learn(request, max_output_tokens, done, now_ns)
         return done

@@ -14,6 +14,8 @@ from ondol.errors import InvalidRequest
 TAGS_MAX: Final = 16
 TAG_CHARACTERS_MAX: Final = 512
 LATENCY_MS_MAX: Final = 24 * 3600 * 1000
+AMOUNT_MAX: Final = 10**15
+AMOUNT_PLACES_MAX: Final = 30
 
 NO_HINTS: Final = Hints()
 
@@ -26,7 +28,11 @@ def parse_hints(header: Callable[[str], str | None]) -> Hints:
     """
     data_class = header("x-ondol-data-class")
     objective = header("x-ondol-objective")
-    latency = header("x-ondol-max-latency-ms") or header("x-ondol-remaining-ms")
+    allows = "x-ondol-max-latency-ms"
+    latency = header(allows)
+    if latency is None:
+        allows = "x-ondol-remaining-ms"
+        latency = header(allows)
     cost = header("x-ondol-max-cost")
     tags = header("x-ondol-tags")
     control = header("cache-control")
@@ -38,7 +44,7 @@ def parse_hints(header: Callable[[str], str | None]) -> Hints:
         if data_class is None
         else DataClass(_one_of("x-ondol-data-class", data_class, DataClass)),
         objective=None if objective is None else _one_of("x-ondol-objective", objective, Objective),
-        max_latency_ms=None if latency is None else _milliseconds(latency),
+        max_latency_ms=None if latency is None else _milliseconds(allows, latency),
         max_cost=None if cost is None else _amount(cost),
         tags=() if tags is None else _tags(tags),
         no_cache=no_cache,
@@ -55,11 +61,10 @@ def _one_of(name: str, value: str, allowed: type[DataClass] | type[Objective]) -
     return text
 
 
-def _milliseconds(value: str) -> int:
-    if not value.isascii() or not value.isdigit() or not 1 <= int(value[:12]) <= LATENCY_MS_MAX:
+def _milliseconds(name: str, value: str) -> int:
+    if not value.isascii() or not value.isdigit() or len(value) > 12 or not 1 <= int(value) <= LATENCY_MS_MAX:
         raise InvalidRequest(
-            f"'x-ondol-max-latency-ms': found '{value[:40]}', expected whole milliseconds from 1 to a day",
-            param="x-ondol-max-latency-ms",
+            f"'{name}': found '{value[:40]}', expected whole milliseconds from 1 to a day", param=name
         )
     return int(value)
 
@@ -71,10 +76,12 @@ def _amount(value: str) -> str:
         amount = Decimal(parts[0])
     except (InvalidOperation, IndexError):
         amount = Decimal(-1)
+    # Exponents are bounded too: 1e999999 is short to write, and a million digits to compute with.
     if (
         len(parts) != 2
         or not amount.is_finite()
-        or amount < 0
+        or not 0 <= amount <= AMOUNT_MAX
+        or amount.adjusted() < -AMOUNT_PLACES_MAX
         or not (len(parts[1]) == 3 and parts[1].isalpha())
     ):
         raise InvalidRequest(

@@ -50,9 +50,11 @@ def estimated_usage(request: InferenceRequest, pieces: int) -> Usage:
 
 def attempt(
     terms: Terms, request: InferenceRequest, spent: Spent, *, ttft_ns: int | None = None, total_ns: int = 0,
-    concurrency: float = 1.0,
+    concurrency: float = 1.0, measured_uw_per_thread: int | None = None,
 ) -> Attempt:  # fmt: skip
     """The record of one attempt that took `total_ns`, beside `concurrency` others on average.
+
+    `measured_uw_per_thread` is what the machine's own meter found, where it has one.
 
     What failed before its first byte used nothing that we know of, so it has no usage; what was
     cancelled or broke later is charged by what was seen of it.
@@ -72,6 +74,7 @@ def attempt(
             concurrency=concurrency,
             output_tokens=usage.output_tokens,
             input_tokens=usage.input_tokens,
+            measured_uw_per_thread=measured_uw_per_thread,
         )
     emitted = (
         carbon(energy[0], terms.grid.grams_per_kwh) if energy is not None and terms.grid is not None else None

@@ -57,5 +57,4 @@ def _covers(doc: BudgetDoc, record: UsageRecord) -> bool:
         return scope.team == record.team
     if scope.key is not None:
         return scope.key == record.key_id
-    name, equals, value = (scope.tag or "").partition("=")
-    return any(key == name and (not equals or text == value) for key, text in record.tags)
+    return any(scope.tag in (key, f"{key}={text}") for key, text in record.tags)

@@ -15,7 +15,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final
 from zoneinfo import ZoneInfo
@@ -31,7 +30,10 @@ from ondol.adapters.keystore import KeyRequest, SqliteKeyStore
 from ondol.adapters.ledger import SqliteLedger
 from ondol.adapters.lock import lock_directory
 from ondol.adapters.observe import Metrics, log_as_json
+from ondol.adapters.power import RaplMeter
+from ondol.adapters.secrets import first_admin_key, gateway_id, pseudonym, request_ids, secret_file
 from ondol.core.catalog import Catalog
+from ondol.core.energy import MeasuredPower
 from ondol.core.identity import ApiKey
 from ondol.core.ports import Engine
 from ondol.errors import ConfigError, OndolError
@@ -51,16 +53,17 @@ HEADER_READ_MS: Final = 10_000
 BACKLOG_MIN: Final = 4096
 POLL_S: Final = 1.0
 HOUSEKEEPING_S: Final = 30.0
+POWER_S: Final = 5.0
 ENGINE_READY_S: Final = 60.0
 ENGINE_POLL_S: Final = 0.02
 Load = Callable[[], Catalog]
 
 
-def run_site(*, load: Load, path: Path, insecure: bool = False) -> int:
+def run_site(*, load: Load, path: Path) -> int:
     """Run one site until SIGTERM or Ctrl-C; the exit code (0 stopped, 1 could not start or serve).
 
     `load` reads and checks the configuration at `path`; it is called again on SIGHUP and when the file
-    changes.  `insecure` allows an address that is not loopback without TLS (`load` checks that).
+    changes.
     """
     log_as_json()
     try:
@@ -68,7 +71,7 @@ def run_site(*, load: Load, path: Path, insecure: bool = False) -> int:
         data = path.parent / catalog.gateway.data
         with lock_directory(data):
             _must_be_free(catalog.gateway.listen)
-            return uvloop.run(_Site(load, path, catalog, data, insecure=insecure).run())
+            return uvloop.run(_Site(load, path, catalog, data).run())
     except OndolError as error:
         print(f"ondol: {error.message}", file=sys.stderr)
         return 1
@@ -77,12 +80,11 @@ def run_site(*, load: Load, path: Path, insecure: bool = False) -> int:
 class _Site:
     """One running site.  Owns every adapter and every background task."""
 
-    def __init__(self, load: Load, path: Path, catalog: Catalog, data: Path, *, insecure: bool) -> None:
+    def __init__(self, load: Load, path: Path, catalog: Catalog, data: Path) -> None:
         self._load = load
         self._path = path
         self._catalog = catalog
         self._data = data
-        self._insecure = insecure
         self._clock = SystemClock()
         self._stop = asyncio.Event()
         self._changed = asyncio.Event()
@@ -104,6 +106,9 @@ class _Site:
             _settle_memory()
             self._spawn(self._poll())
             self._spawn(self._housekeeping())
+            meter = RaplMeter.open()
+            if meter is not None:
+                self._spawn(self._measure_power(meter))
             LOG.info(
                 "serving",
                 extra={"fields": {"site": self._catalog.site.name, "listen": self._catalog.gateway.listen}},
@@ -117,13 +122,13 @@ class _Site:
 
     def _open(self) -> None:
         catalog, clock, data = self._catalog, self._clock, self._data
-        self._gateway_id = _gateway_id(data)
+        self._gateway_id = gateway_id(data)
         self._ledger = SqliteLedger(
             data / "ledger.db", gateway=self._gateway_id, max_bytes=catalog.gateway.limits.ledger_bytes,
             loop=asyncio.get_running_loop(), site=catalog.site.name,
         )  # fmt: skip
         self._keys = SqliteKeyStore(data / "keys.db")
-        _first_admin_key(self._keys, data, clock.wall_ns())
+        first_admin_key(self._keys, data, clock.wall_ns())
         self._captures = SqliteCapture(data / "capture.db")
         self._metrics = Metrics(self._gauges, log_requests=catalog.gateway.log_requests)
         self._assembly = Assembly(
@@ -133,16 +138,16 @@ class _Site:
             seed=secrets.randbits(64),
         )
         view, self._starting, _ = self._assembly.view(catalog)
-        subject_key = _secret_file(data / "subject.key")
+        subject_key = secret_file(data / "subject.key")
         self._books = Books(
             gateway=self._gateway_id, quotas=Quotas(), budgets=self._budgets(catalog),
             cache=ExactCache(catalog.gateway.limits.cache_bytes), ledger=self._ledger, clock=clock,
-            observer=self._metrics, pseudonym=lambda tenant, user: _pseudonym(subject_key, tenant, user),
+            observer=self._metrics, pseudonym=lambda tenant, user: pseudonym(subject_key, tenant, user),
             capture=self._capture,
         )  # fmt: skip
         self._pipeline = Pipeline(
             view=view, books=self._books, keys=self._keys, pepper=self._keys.pepper, clock=clock,
-            new_id=_request_ids(),
+            new_id=request_ids(),
         )  # fmt: skip
         admin = Admin(
             pipeline=self._pipeline, books=self._books, keys=self._keys, issue=self._issue, clock=clock,
@@ -281,6 +286,21 @@ class _Site:
             await asyncio.to_thread(self._captures.expire, self._clock.wall_ns())
             await asyncio.to_thread(self._keys.write_last_used)
 
+    async def _measure_power(self, meter: RaplMeter) -> None:
+        """Look at the processors' energy counters, so that energy is measured and not modelled."""
+        power, before_ns = self._assembly.power, self._clock.now_ns()
+        while True:
+            await asyncio.sleep(POWER_S)
+            now_ns = self._clock.now_ns()
+            try:
+                package_uj = meter.delta_uj()
+            except (OSError, ValueError) as error:
+                LOG.warning("power_meter_lost", extra={"fields": {"why": str(error)}})
+                power.measured = MeasuredPower()
+                return
+            power.look(package_uj=package_uj, window_ns=now_ns - before_ns, cpus=os.cpu_count() or 1)
+            before_ns = now_ns
+
     def _capture(self, request_id: str, prompt: bytes, answer: bytes, expires_ns: int) -> None:
         self._spawn(_in_thread(self._captures.put, request_id, prompt, answer, expires_ns))
 
@@ -377,49 +397,3 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return status.st_mtime_ns, status.st_size, status.st_ino
-
-
-def _secret_file(path: Path) -> bytes:
-    """32 random bytes that stay the same, in a file that only this user can read."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        secret = secrets.token_bytes(32)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secret)
-            os.fsync(file.fileno())
-        return secret
-
-
-def _gateway_id(data: Path) -> str:
-    return blake2b(_secret_file(data / "gateway.id"), digest_size=6).hexdigest()
-
-
-def _first_admin_key(keys: SqliteKeyStore, data: Path, wall_ns: int) -> None:
-    """A site without an admin key gets one, in `admin.key`, readable by its user alone."""
-    if any(key.kind == "admin" and key.revoked_ns is None for key in keys.all()):
-        return
-    _, text = keys.issue(KeyRequest(team="default", kind="admin", name="first admin"), wall_ns)
-    path = data / "admin.key"
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text + "\n")
-    LOG.info("admin_key_made", extra={"fields": {"file": str(path)}})
-
-
-def _request_ids() -> Callable[[], str]:
-    """Ids that sort by time: 48 bits of milliseconds, then 64 random bits (as UUID version 7 does)."""
-    pool = memoryview(b"")
-
-    def new_id() -> str:
-        nonlocal pool
-        if len(pool) < 8:
-            pool = memoryview(secrets.token_bytes(4096))
-        tail, pool = pool[:8], pool[8:]
-        return f"req_{time.time_ns() // 1_000_000:012x}{tail.hex()}"
-
-    return new_id
-
-
-def _pseudonym(key: bytes, tenant: str, user: str) -> str:
-    digest = blake2b(f"{tenant}\0{user}".encode(), key=key, digest_size=12)
-    return "u_" + digest.hexdigest()

@@ -18,6 +18,8 @@ from ondol.errors import InvalidRequest, TooLarge
 
 MESSAGE_TOKENS: Final = 16
 """Allowance a message for role and separators; chat templates in use add 3 to 10."""
+ROLE_CHARACTERS_MAX: Final = 9
+"""The longest roles are `assistant` and `developer`; so the allowance a message covers any."""
 IMAGE_TOKENS_MAX: Final = 6_144
 AUDIO_BYTES_PER_TOKEN: Final = 256
 BYTES_PER_TOKEN: Final = 4
@@ -114,35 +116,44 @@ def _response_format(field: str, value: Any) -> None:
             raise _wrong(f"{field}.json_schema", schema, 'an object with "name" and "schema"')
 
 
+def _whole(field: str, value: Any) -> None:
+    if value is not False:
+        raise _wrong(field, value, "false: embeddings come whole")
+
+
 _TEXT = _kind(str, "a string")
 _FLAG = _kind(bool, "true or false")
 _PENALTY = _number(-2, 2)
 _TOKENS = _integer(0, 10_000_000)
-_SHARED: Final[dict[str, Check]] = {
-    "temperature": _number(0, 2),
-    "top_p": _number(0, 1),
+_READ: Final[dict[str, Check]] = {
     "n": _integer(1, 128),
+    "best_of": _integer(1, 20),
     "stream": _FLAG,
     "stream_options": _stream_options,
-    "stop": _stop,
     "max_tokens": _TOKENS,
+    "max_completion_tokens": _TOKENS,
+    "response_format": _response_format,
+    "user": _TEXT,
+    "metadata": _metadata,
+}
+"""What is read below whatever the task: checked also where OpenAI does not have the field."""
+_SHARED: Final[dict[str, Check]] = _READ | {
+    "temperature": _number(0, 2),
+    "top_p": _number(0, 1),
+    "stop": _stop,
     "seed": _integer(-(2**63), 2**63 - 1),
     "presence_penalty": _PENALTY,
     "frequency_penalty": _PENALTY,
     "logit_bias": _logit_bias,
-    "user": _TEXT,
-    "metadata": _metadata,
 }
 _CHECKS: Final[dict[Task, dict[str, Check]]] = {
     Task.CHAT: _SHARED
     | {
-        "max_completion_tokens": _TOKENS,
         "logprobs": _FLAG,
         "top_logprobs": _integer(0, 20),
         "tools": _tools,
         "tool_choice": _tool_choice,
         "parallel_tool_calls": _FLAG,
-        "response_format": _response_format,
         "reasoning_effort": _choice("none", "minimal", "low", "medium", "high", "xhigh", "max"),
         "functions": _kind(list, "a list"),
         "store": _FLAG,
@@ -151,14 +162,13 @@ _CHECKS: Final[dict[Task, dict[str, Check]]] = {
     | {
         "logprobs": _integer(0, 5),
         "echo": _FLAG,
-        "best_of": _integer(1, 20),
         "suffix": _TEXT,
     },
-    Task.EMBEDDING: {
+    Task.EMBEDDING: _READ
+    | {
+        "stream": _whole,
         "encoding_format": _choice("float", "base64"),
         "dimensions": _integer(1, 65_536),
-        "user": _TEXT,
-        "metadata": _metadata,
     },
 }
 
@@ -279,10 +289,12 @@ def _chat(body: dict[str, Any], limits: Limits) -> tuple[frozenset[Capability], 
             tokens_max += extra
         elif content is not None:
             raise _wrong(f"messages[{index}].content", content, "a string or a list of parts")
-        if len(message) > 2:
-            for field in ("tool_calls", "function_call", "name"):
-                if message.get(field) is not None:
-                    size += len(msgspec.json.encode(message[field]))
+        if len(message) > 2 or content is None:
+            for field, value in message.items():
+                if field not in ("role", "content") and value is not None:
+                    size += len(msgspec.json.encode(value))
+        if len(message["role"]) > ROLE_CHARACTERS_MAX:
+            raise _wrong(f"messages[{index}].role", message["role"], f"at most {ROLE_CHARACTERS_MAX} characters")
     for field in ("tools", "functions", "response_format"):
         if body.get(field):
             size += len(msgspec.json.encode(body[field]))
@@ -312,7 +324,7 @@ def _parts(where: str, parts: list[Any], needs: set[Capability]) -> tuple[int, i
             extra += len(data) // AUDIO_BYTES_PER_TOKEN + 1
         elif kind == "file" and type(part.get("file")) is dict:
             needs.add(Capability.FILE)
-            extra += len(part["file"].get("file_data") or "") + MESSAGE_TOKENS
+            extra += len(msgspec.json.encode(part["file"])) + MESSAGE_TOKENS
         else:
             raise _wrong(f"{where}[{index}]", part, "a part of type text, image_url, input_audio or file")
     return size, extra
@@ -339,6 +351,7 @@ def _texts(field: str, value: Any, most: int) -> tuple[int, int]:
 
 def _completion(body: dict[str, Any], limits: Limits) -> tuple[frozenset[Capability], int, int]:
     size, items = _texts("prompt", body.get("prompt"), limits.embedding_inputs)
+    size += _size(body.get("suffix") or "")
     needs = _needs(body)
     return frozenset(needs), size // BYTES_PER_TOKEN + 4 * items, size + MESSAGE_TOKENS * items
 
