@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from tests.faults.server import FaultServer
 
-from ondol.adapters.artifacts import starter
 from ondol.adapters.clock import SystemClock
+from ondol.adapters.starter import starter
 from ondol.core.catalog import FakeAnswers
 from ondol.core.identity import Origin, Principal
 from ondol.core.inference import InferenceRequest, Task

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from ondol.adapters.artifacts import STARTER_DIGEST, starter
 from ondol.adapters.clock import SystemClock
+from ondol.adapters.starter import STARTER_DIGEST, starter
 from ondol.core.identity import Principal
 from ondol.core.inference import Capability, Chunk, InferenceRequest, Task
 from ondol.core.ports import EngineCall

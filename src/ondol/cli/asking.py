@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
@@ -136,22 +136,16 @@ class Asker:
                 raise _refused(response.status, bytes(await response.bytes()))
             answer.ondol = _from_headers(response)
             ended = False
-            pending = b""
-            while (chunk := await response.body_reader.read_chunk()) is not None:
-                *lines, pending = (pending + bytes(chunk)).split(b"\n")
-                for line in lines:
-                    if not line.startswith(b"data:"):
-                        continue
-                    data = line[5:].strip()
-                    if data == b"[DONE]":
-                        ended = True
-                        continue
-                    text = _take_event(answer, msgspec.json.decode(data))
-                    if text:
-                        if answer.ttft_s is None:
-                            answer.ttft_s = time.monotonic() - start
-                        pieces.append(text)
-                        on_text(text)
+            async for data in _events(response):
+                if data == b"[DONE]":
+                    ended = True
+                    continue
+                text = _take_event(answer, msgspec.json.decode(data))
+                if text:
+                    if answer.ttft_s is None:
+                        answer.ttft_s = time.monotonic() - start
+                    pieces.append(text)
+                    on_text(text)
         if not ended:
             raise CommandFailed("the stream broke off before its end ([DONE] never came).")
         answer.total_s = time.monotonic() - start
@@ -214,6 +208,16 @@ def _take_usage(answer: Answer, usage: dict[str, Any] | None) -> None:
     if usage:
         answer.input_tokens = usage.get("prompt_tokens")
         answer.output_tokens = usage.get("completion_tokens")
+
+
+async def _events(response: Response) -> AsyncIterator[bytes]:
+    """The data of each event of a stream, as it comes."""
+    pending = b""
+    while (chunk := await response.body_reader.read_chunk()) is not None:
+        *lines, pending = (pending + bytes(chunk)).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line[5:].strip()
 
 
 def _from_headers(response: Response) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from typing import Final
 import msgspec
 
 from ondol import config as configuration
-from ondol.adapters.artifacts import STARTER_DIGEST, STARTER_NAME, ModelStore
+from ondol.adapters.artifacts import ModelStore
 from ondol.adapters.clock import SystemClock
 from ondol.adapters.keystore import KeyRequest, SqliteKeyStore
+from ondol.adapters.starter import STARTER_DIGEST, STARTER_NAME
 from ondol.cli import editing
 from ondol.cli.installation import SITES, CommandFailed, Layout, write_file
 from ondol.errors import NotFound

@@ -263,11 +263,11 @@ async def _loaded(where: Target, deployment: str, layout: Layout) -> str:
         await asker.post("/v1/ondol/reload", {})
         while time.monotonic() < limit_s:
             status = await asker.get("/v1/ondol/status")
-            for one in status["endpoints"]:
-                if one["deployment"] == deployment:
-                    if one["problem"] is None:
-                        return "ready"
-                    problem = one["problem"]
+            ours = [one for one in status["endpoints"] if one["deployment"] == deployment]
+            if ours and ours[0]["problem"] is None:
+                return "ready"
+            if ours:
+                problem = ours[0]["problem"]
             await asyncio.sleep(_POLL_S)
     return f"failed: {problem} (after {LOAD_TIMEOUT_S:.0f} s; see {layout.log('edge')})"
 

@@ -76,7 +76,23 @@ def read_model(path: Path) -> GgufHeader:
 
 
 class LlamaCppEngine:
-    """One GGUF model in one child process, with `parallel` slots of `context_tokens` each."""
+    """One GGUF model in one child process, with `parallel` slots of `context_tokens` each.
+
+    Args:
+        name: how sentences call the engine.
+        alias: how answers call the model; None takes `name`.
+        model_path: a GGUF file.
+        clock: for deadlines.
+        context_tokens: prompt and answer of one request; None takes the model's own, 4096 at most.
+        parallel: requests computed at once; more wait in llama.cpp.
+        threads: None takes the processors that this process may use.
+        capabilities: None takes what `declared` says of the file.
+        gpu_layers: layers put on a GPU, where the installed build of xllamacpp has one; -1 all.
+        cache_ram_mib: memory for the prompts of earlier requests.
+        connect_timeout_s: to the child, on loopback.
+        read_timeout_s: the longest silence; an unstreamed answer is silent until it is whole.
+        backoff: pauses between restarts.
+    """
 
     def __init__(
         self,
@@ -96,21 +112,6 @@ class LlamaCppEngine:
         backoff: Backoff | None = None,
     ) -> None:
         """Check the file's header; `start` loads it.
-
-        Args:
-            name: how sentences call the engine.
-            alias: how answers call the model; None takes `name`.
-            model_path: a GGUF file.
-            clock: for deadlines.
-            context_tokens: prompt and answer of one request; None takes the model's own, 4096 at most.
-            parallel: requests computed at once; more wait in llama.cpp.
-            threads: None takes the processors that this process may use.
-            capabilities: None takes what `declared` says of the file.
-            gpu_layers: layers put on a GPU, where the installed build of xllamacpp has one; -1 all.
-            cache_ram_mib: memory for the prompts of earlier requests.
-            connect_timeout_s: to the child, on loopback.
-            read_timeout_s: the longest silence; an unstreamed answer is silent until it is whole.
-            backoff: pauses between restarts.
 
         Raises:
             BadModelFile: the file is not one that can be loaded.
@@ -141,10 +142,10 @@ class LlamaCppEngine:
                 "threads": _processors() if threads is None else threads,
                 "gpu_layers": gpu_layers,
                 "cache_ram_mib": cache_ram_mib,
+                "api_key": key,
                 # Each open request holds one of its threads; the gateway lets more wait than it computes.
                 "http_threads": max(2 * parallel, 4) + 4,
-                "api_key": key,
-            },
+            },  # fmt: skip
             serve=self._serve,
             backoff=backoff,
         )

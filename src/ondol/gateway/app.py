@@ -7,7 +7,7 @@ once by address.  An answer goes out as the pipeline gives it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -43,11 +43,8 @@ from ondol.gateway.once import once
 from ondol.gateway.pipeline import Pipeline
 from ondol.gateway.policy import may_use
 from ondol.gateway.reply import JSON_HEADERS
-from ondol.units import NS_PER_S
-from ondol.wire.openai import NOT_SERVED, SERVED, RouteModel, error_body, models_body
-
-WATCH_AFTER_S: Final = 0.02
-"""Most answers are there sooner, and then a watch for a hang-up would only cost."""
+from ondol.gateway.watch import Stopped, Watch
+from ondol.wire.openai_replies import NOT_SERVED, SERVED, RouteModel, error_body, models_body
 
 TASKS: Final = {
     "/v1/chat/completions": Task.CHAT,
@@ -133,14 +130,14 @@ class App:
             else:
                 reply = await self._other(scope, proto)
                 proto.response_bytes(reply.status, [*reply.headers, *cors], reply.body)
-        except _Stopped as stopped:
+        except Stopped as stopped:
             self._refuse(proto, stopped.refusal, cors)
         except OndolError as error:
             self._fail(proto, error, cors)
 
     async def _inference(self, task: Task, scope: Scope, proto: Any, received_ns: int, cors: Headers) -> None:
         header = dict(scope.headers.items()).get
-        watch = _Watch(proto)
+        watch = Watch(proto)
         reply: Whole | Chunks | None = None
         try:
             # The key first: whoever has none gets no megabytes read.
@@ -182,19 +179,19 @@ class App:
             if type(error).__name__ != "RSGIProtocolClosed":
                 raise
 
-    async def _body(self, length: str | None, proto: Any, received_ns: int, watch: _Watch) -> bytes:
+    async def _body(self, length: str | None, proto: Any, received_ns: int, watch: Watch) -> bytes:
         """The whole body, in time and within its bound."""
         meter = BodyMeter(self._limits, received_ns, length)
         refusal = meter.begin()
         if refusal is not None:
-            raise _Stopped(refusal)
+            raise Stopped(refusal)
         if length is not None:
             # One wait for all of it: it may take as long as the slowest allowed body of that size.
             watch.patience_ns = meter.patience_ns(received_ns, int(length))
             raw: bytes = await watch.reading(proto(), meter)
             refusal = meter.feed(raw) or meter.finish()
             if refusal is not None:
-                raise _Stopped(refusal)
+                raise Stopped(refusal)
             return raw
         parts: list[bytes] = []
         chunks = aiter(proto)
@@ -207,11 +204,11 @@ class App:
                 break
             refusal = meter.feed(part)
             if refusal is not None:
-                raise _Stopped(refusal)
+                raise Stopped(refusal)
             parts.append(part)
         refusal = meter.finish()
         if refusal is not None:
-            raise _Stopped(refusal)
+            raise Stopped(refusal)
         return b"".join(parts)
 
     async def _other(self, scope: Scope, proto: Any) -> Whole:
@@ -247,7 +244,7 @@ class App:
         raise NotFound(f"{method} {path} does not exist; served are: {', '.join(SERVED)}")
 
     async def _small_body(self, scope: Scope, proto: Any) -> bytes:
-        watch = _Watch(proto)
+        watch = Watch(proto)
         try:
             return await self._body(scope.headers.get("content-length"), proto, self._clock.now_ns(), watch)
         finally:
@@ -313,86 +310,6 @@ class App:
             headers.append(("x-should-retry", "false"))
         body = error_body(message=error.message, kind=_kind(status), code=error.code, param=error.param)
         proto.response_bytes(status, headers, body)
-
-
-class _Stopped(Exception):
-    """A body was refused while it was read."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.message)
-        self.refusal = refusal
-
-
-class _Watch:
-    """Cancels the present task when its body comes too slowly, or when its client goes away.
-
-    One timer for both: most requests have their body at once and their answer soon, and then nothing
-    more is started.  `asyncio.timeout` alone costs five times as much.
-    """
-
-    __slots__ = (
-        "_loop",
-        "_patience",
-        "_proto",
-        "_reading",
-        "_task",
-        "_timer",
-        "_watch",
-        "gone",
-        "patience_ns",
-    )
-
-    def __init__(self, proto: Any) -> None:
-        self.gone = False
-        self.patience_ns = 0
-        self._proto = proto
-        self._reading = False
-        self._loop = asyncio.get_running_loop()
-        self._task = asyncio.current_task(self._loop)
-        self._patience: asyncio.TimerHandle | None = None
-        self._watch: asyncio.Task[None] | None = None
-        self._timer: asyncio.TimerHandle | None = self._loop.call_later(WATCH_AFTER_S, self._look)
-
-    async def reading(self, what: Awaitable[bytes], meter: BodyMeter) -> bytes:
-        """The awaited part of a body; `_Stopped` when `patience_ns` is over first."""
-        self._reading = True
-        if self._timer is None:
-            self._look()
-        try:
-            return await what
-        except asyncio.CancelledError:
-            if self._patience is not None and self._loop.time() >= self._patience.when():
-                raise _Stopped(meter.too_slow()) from None
-            raise
-        finally:
-            self._reading = False
-            if self._patience is not None:
-                self._patience.cancel()
-                self._patience = None
-            if self._timer is None and self._watch is None:
-                self._timer = self._loop.call_later(WATCH_AFTER_S, self._look)
-
-    def _look(self) -> None:
-        self._timer = None
-        if self._reading:
-            self._patience = self._loop.call_later(max(self.patience_ns, 0) / NS_PER_S, self._cancel)
-        elif self._watch is None:
-            self._watch = self._loop.create_task(self._wait())
-
-    def _cancel(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-
-    async def _wait(self) -> None:
-        await self._proto.client_disconnect()
-        self.gone = True
-        self._cancel()
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._watch is not None:
-            self._watch.cancel()
 
 
 def status_of(error: OndolError) -> int:

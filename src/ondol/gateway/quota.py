@@ -210,14 +210,17 @@ def _refusal(owners: list[_Buckets], tokens: int) -> Limited | None:
                 continue
             wait = -((bucket.level - wanted * _MINUTE_NS) // bucket.limit)
             if wanted > bucket.limit:
-                return _limited(owners, owner.name, kind, bucket, wanted, None)
+                return _limited(owners, owner.name, kind, bucket, wanted=wanted, wait_ns=None)
             if wait > worst_wait:
                 worst, worst_wait = (owner.name, kind, bucket, wanted), wait
-    return None if worst is None else _limited(owners, *worst, worst_wait)
+    if worst is None:
+        return None
+    name, kind, bucket, wanted = worst
+    return _limited(owners, name, kind, bucket, wanted=wanted, wait_ns=worst_wait)
 
 
 def _limited(
-    owners: list[_Buckets], name: str, kind: str, bucket: _Bucket, wanted: int, wait_ns: int | None
+    owners: list[_Buckets], name: str, kind: str, bucket: _Bucket, *, wanted: int, wait_ns: int | None
 ) -> Limited:
     return Limited(
         owner=name.partition(":")[0],

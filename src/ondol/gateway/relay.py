@@ -14,7 +14,7 @@ import msgspec
 from ondol.core.inference import Chunk, Receipt, Usage
 from ondol.errors import EngineFailed, OndolError
 from ondol.gateway.reply import with_closing
-from ondol.wire.openai import error_body
+from ondol.wire.openai_replies import error_body
 from ondol.wire.sse import DONE, encode
 
 COLLECT_BYTES_MAX: Final = 4 * 1024 * 1024

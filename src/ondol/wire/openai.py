@@ -294,7 +294,9 @@ def _chat(body: dict[str, Any], limits: Limits) -> tuple[frozenset[Capability], 
                 if field not in ("role", "content") and value is not None:
                     size += len(msgspec.json.encode(value))
         if len(message["role"]) > ROLE_CHARACTERS_MAX:
-            raise _wrong(f"messages[{index}].role", message["role"], f"at most {ROLE_CHARACTERS_MAX} characters")
+            raise _wrong(
+                f"messages[{index}].role", message["role"], f"at most {ROLE_CHARACTERS_MAX} characters"
+            )
     for field in ("tools", "functions", "response_format"):
         if body.get(field):
             size += len(msgspec.json.encode(body[field]))
@@ -360,48 +362,3 @@ def _embedding(body: dict[str, Any], limits: Limits) -> tuple[frozenset[Capabili
     size, items = _texts("input", body.get("input"), limits.embedding_inputs)
     needs = _needs(body)
     return frozenset(needs), size // BYTES_PER_TOKEN + 2 * items, size + MESSAGE_TOKENS * items
-
-
-class _Error(msgspec.Struct):
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class _ErrorBody(msgspec.Struct):
-    error: _Error
-
-
-def error_body(*, message: str, kind: str, code: str, param: str | None = None) -> bytes:
-    """OpenAI's error object: `{"error": {"message", "type", "param", "code"}}`."""
-    return msgspec.json.encode(_ErrorBody(_Error(message, kind, param, code)))
-
-
-class RouteModel(msgspec.Struct):
-    """One entry of the list of models: a route that the caller may use."""
-
-    id: str
-    created: int
-    owned_by: str
-    object: str = "model"
-
-
-def models_body(models: list[RouteModel]) -> bytes:
-    """The answer of GET /v1/models."""
-    return msgspec.json.encode({"object": "list", "data": models})
-
-
-SERVED: Final = (
-    "POST /v1/chat/completions",
-    "POST /v1/completions",
-    "POST /v1/embeddings",
-    "GET /v1/models",
-    "GET /v1/models/{model}",
-)
-NOT_SERVED: Final = (
-    "assistants", "audio", "batches", "chatkit", "containers", "conversations", "evals", "files",
-    "fine_tuning", "images", "moderations", "organization", "realtime", "responses", "threads",
-    "uploads", "vector_stores", "videos", "edits", "engines", "fine-tunes", "skills",
-)  # fmt: skip
-"""First path segments under /v1 of OpenAI's API that this gateway does not serve (API reference, 2026)."""

