@@ -22,7 +22,7 @@ def chat(
     objective: Annotated[Objective | None, Parameter(help="What you want most.")] = None,
     data_class: Annotated[DataClass | None, Parameter(name="--class", help="How sensitive it is.")] = None,
     max_tokens: int | None = None,
-    temperature: float | None = None,
+    temperature: float = 0.0,
     stream: bool = True,
     lang: Annotated[Literal["en", "ko"], Parameter(help="The language of the reason.")] = "en",
     directory: Dir = DEFAULT_DIR,
@@ -43,11 +43,9 @@ def chat(
         headers["x-ondol-objective"] = objective.value
     if data_class is not None:
         headers["x-ondol-data-class"] = data_class.value
-    options: dict[str, int | float] = {}
+    options: dict[str, int | float] = {"temperature": temperature}
     if max_tokens is not None:
         options["max_completion_tokens"] = max_tokens
-    if temperature is not None:
-        options["temperature"] = temperature
     question = sys.stdin.read() if text == "-" else text
     where = target(directory, url, admin=False)
     answer = asyncio.run(_ask(where, question, model, headers, options, stream=stream, quiet=as_json))

@@ -152,7 +152,7 @@ def totals(attempts: Sequence[Attempt], currency: str) -> Totals:
             shown += one.cost
         elif one.peer_cost is not None and one.peer_currency == currency:
             shown += one.peer_cost
-        elif one.usage.input_tokens or one.usage.output_tokens:
+        elif one.peer_cost or one.usage.input_tokens or one.usage.output_tokens:
             hidden = True
             unpriced = unpriced or one.engine != "peer"
     return Totals(

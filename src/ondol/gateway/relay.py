@@ -98,7 +98,9 @@ class Relay:
         if chunk.receipt is not None:
             heard.receipt = chunk.receipt
         if not chunk.has_choices:
-            self._usage_chunk = chunk.data
+            # Some say other things in a chunk without choices, such as their filter's verdict on the prompt.
+            if chunk.usage is not None:
+                self._usage_chunk = chunk.data
             return None
         held, self._held = self._held, chunk.data if chunk.finish else None
         if chunk.finish:
