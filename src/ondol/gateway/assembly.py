@@ -126,7 +126,7 @@ class Assembly:
                 )  # fmt: skip
             case "encoder":
                 return EncoderEngine(
-                    name=doc.name,
+                    name=model.name,
                     clock=self._clock,
                     threads=doc.threads or 1,
                     capabilities=can or frozenset(),

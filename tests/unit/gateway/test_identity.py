@@ -1,4 +1,4 @@
-"""Who asks: keys, headers of peers, and what a key may use."""
+"""Who asks: keys, remembered proofs, and the headers of peers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ondol.core.apikeys import secret_text
-from ondol.core.catalog import RouteDoc
 from ondol.core.identity import ApiKey, Origin, Principal
 from ondol.errors import ExpiredApiKey, InvalidRequest, RevokedApiKey, Unauthenticated
-from ondol.gateway.identity import authenticate, mac, make_key, may_use, on_behalf, parse_key
+from ondol.gateway.identity import (
+    PROOFS_MAX,
+    Authenticator,
+    authenticate,
+    mac,
+    make_key,
+    on_behalf,
+    parse_key,
+)
 
 PEPPER = b"p" * 32
 SECRET = secret_text(bytes(range(32)))
@@ -104,16 +111,48 @@ def test_whoever_has_the_secret_is_told_that_the_key_is_over() -> None:
     assert SECRET not in str(expired.value) + str(revoked.value)
 
 
-@pytest.mark.parametrize(
-    ("routes", "teams", "allowed"),
-    [((), (), True), (("assistant",), ("shop",), True), (("other",), (), False), ((), ("other",), False)],
-)
-def test_a_key_and_a_route_must_both_allow(
-    routes: tuple[str, ...], teams: tuple[str, ...], allowed: bool
-) -> None:
-    caller = Principal(key_id="k", tenant="default", team="shop", routes=routes)
-    route = RouteDoc(name="assistant", deployments=("d",), teams=teams)
-    assert may_use(caller, route) is allowed
+def test_a_good_proof_is_remembered_while_the_keys_stay() -> None:
+    of, snapshot = Authenticator(PEPPER), keys()
+    first = of.principal(HEADER, snapshot, 0)
+    assert first == who(HEADER)
+    assert of.principal(HEADER, snapshot, 1) is first
+
+
+def test_a_new_mapping_forgets_every_proof() -> None:
+    of, snapshot = Authenticator(PEPPER), keys()
+    first = of.principal(HEADER, snapshot, 0)
+    again = of.principal(HEADER, dict(snapshot), 0)
+    assert again == first
+    assert again is not first
+    with pytest.raises(RevokedApiKey):
+        of.principal(HEADER, keys(revoked_ns=1), 0)
+    with pytest.raises(Unauthenticated):
+        of.principal(HEADER, {}, 0)
+
+
+def test_a_remembered_proof_expires_with_its_key() -> None:
+    of, snapshot = Authenticator(PEPPER), keys(expires_ns=100)
+    first = of.principal(HEADER, snapshot, 98)
+    assert of.principal(HEADER, snapshot, 99) is first
+    with pytest.raises(ExpiredApiKey):
+        of.principal(HEADER, snapshot, 100)
+
+
+@pytest.mark.parametrize("header", [None, "", "Basic x", "Bearer " + FORGED, "Bearer " + STRANGER, HEADER[:-1]])
+def test_a_wrong_key_is_refused_every_time_and_never_remembered(header: str | None) -> None:
+    of, snapshot = Authenticator(PEPPER), keys()
+    of.principal(HEADER, snapshot, 0)
+    for _ in range(3):
+        with pytest.raises(Unauthenticated):
+            of.principal(header, snapshot, 0)
+    assert len(of._proved) == 1
+
+
+def test_remembered_proofs_are_bounded() -> None:
+    of, snapshot = Authenticator(PEPPER), keys()
+    for spaces in range(PROOFS_MAX + 10):
+        assert of.principal("Bearer " + " " * spaces + TEXT, snapshot, 0).key_id == "abc123XYZ0"
+        assert len(of._proved) <= PROOFS_MAX
 
 
 def test_a_peer_says_on_whose_behalf_it_asks() -> None:
