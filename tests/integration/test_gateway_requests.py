@@ -239,3 +239,15 @@ def test_image_parts_pass_and_are_bounded(site: Site) -> None:
     )
     refused = site.call("POST", "/v1/chat/completions", {"model": "assistant", "messages": content(300)})
     assert refused.status == 413 and refused.code == "request_too_large"
+
+
+def test_the_record_of_a_refused_request_has_the_status_that_its_client_got(site: Site) -> None:
+    refused = site.chat(model="weak", seed=7)
+    assert refused.status == 400
+    record = site.record(refused.headers["x-ondol-request-id"])
+    assert (record["status"], record["outcome"], record["error"]) == (400, "refused", "unsupported_by_model")
+
+
+def test_the_ledger_is_its_owners_alone(site: Site) -> None:
+    for name in ("ledger.db", "keys.db", "capture.db", "admin.key", "gateway.id", "subject.key"):
+        assert (site.folder / "data" / name).stat().st_mode & 0o077 == 0, name

@@ -93,6 +93,9 @@ def connect(path: Path, *, vfs: str | None = None) -> apsw.Connection:
             f"SQLite {apsw.sqlite_lib_version()} has a known WAL race; the ledger needs 3.51.3 or later. "
             "Install the apsw package that bundles it."
         )
+    if not path.exists():  # teams, tags and pseudonyms are nobody else's business; -wal and -shm follow suit
+        with contextlib.suppress(OSError):
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
     connection = None
     try:
         connection = apsw.Connection(str(path), vfs=vfs)

@@ -277,7 +277,7 @@ class LedgerWriter:
             self.full = used >= self._max_bytes
             self._full = (
                 f"the ledger has {used} bytes and its bound is {self._max_bytes} (ledger_bytes). "
-                "Raise the bound, or let the hub acknowledge and prune older records."
+                "Raise the bound in the site's file and restart, or move the ledger away and keep it."
                 if self.full
                 else None
             )

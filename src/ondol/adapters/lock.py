@@ -1,14 +1,15 @@
-"""One process a data directory: a lock that the kernel releases, however its holder died."""
+"""What one process holds alone: a data directory, whose lock ends with its holder, and an address."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ondol.errors import DirectoryLocked
+from ondol.errors import ConfigError, DirectoryLocked
 
 
 @contextmanager
@@ -38,3 +39,17 @@ def lock_directory(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def must_be_free(listen: str) -> None:
+    """Refuse an address that somebody listens on: the server would share it (SO_REUSEPORT), not fail."""
+    host, _, port = listen.rpartition(":")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), int(port)))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {listen}: {error.strerror}; stop what uses it, or change `listen` in the file"
+            ) from error

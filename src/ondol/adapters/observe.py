@@ -7,6 +7,7 @@ in Prometheus' spelling; ours begin with `ondol_`.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from bisect import bisect_left
@@ -104,6 +105,10 @@ class Metrics(Collector):
         """Count a request that got an error, by its code."""
         self._refused[code] = self._refused.get(code, 0) + 1
 
+    def crashed(self, error: Exception) -> None:
+        """Log what should not happen, with its traceback."""
+        LOG.error("request_crashed", exc_info=error)
+
     def noted(self, event: str, **fields: str) -> None:
         """Log something that an operator should see."""
         LOG.warning(event, extra={"fields": fields})
@@ -188,7 +193,11 @@ class JsonLines(logging.Formatter):
         line |= getattr(record, "fields", {})
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(line).decode()
+        try:
+            return msgspec.json.encode(line, enc_hook=str).decode()
+        except UnicodeEncodeError:
+            # A lone surrogate, as in the name of a file that is not UTF-8: it has an escape in JSON only.
+            return json.dumps(line, default=str)
 
 
 def log_as_json() -> None:

@@ -16,22 +16,11 @@ from ondol.core.identity import Principal
 from ondol.core.inference import Task
 from ondol.core.ports import Clock
 from ondol.errors import (
-    BudgetExhausted,
-    Conflict,
-    DeadlineExceeded,
     Draining,
-    EngineError,
-    EngineFailed,
-    EngineRejected,
-    Forbidden,
     InvalidRequest,
     NotFound,
     NotServed,
     OndolError,
-    RateLimited,
-    Refused,
-    RequestError,
-    TooLarge,
     Unauthenticated,
     UnknownModel,
 )  # fmt: skip
@@ -43,6 +32,7 @@ from ondol.gateway.once import once
 from ondol.gateway.pipeline import Pipeline
 from ondol.gateway.policy import may_use
 from ondol.gateway.reply import JSON_HEADERS
+from ondol.gateway.statuses import status_of
 from ondol.gateway.watch import Stopped, Watch
 from ondol.wire.openai_replies import NOT_SERVED, SERVED, RouteModel, error_body, models_body
 
@@ -51,15 +41,12 @@ TASKS: Final = {
     "/v1/completions": Task.COMPLETION,
     "/v1/embeddings": Task.EMBEDDING,
 }
-_STATUS: Final[tuple[tuple[type[OndolError], int], ...]] = (
-    (TooLarge, 413), (Unauthenticated, 401), (Forbidden, 403), (UnknownModel, 404), (NotFound, 404),
-    (NotServed, 501), (Conflict, 422), (RequestError, 400), (RateLimited, 429), (BudgetExhausted, 402),
-    (Refused, 503), (DeadlineExceeded, 504), (EngineFailed, 502), (EngineError, 503),
-)  # fmt: skip
 _EXPOSED: Final = (
     "x-ondol-request-id,x-ondol-site,x-ondol-model,x-ondol-deployment,x-ondol-cache,x-ondol-reason,"
     "x-ondol-cost,x-ondol-energy-j,x-ondol-carbon-g,x-ondol-overhead-us,x-ratelimit-limit-requests,"
-    "x-ratelimit-remaining-requests,x-ratelimit-reset-requests,retry-after"
+    "x-ratelimit-remaining-requests,x-ratelimit-reset-requests,x-ratelimit-limit-tokens,"
+    "x-ratelimit-remaining-tokens,x-ratelimit-reset-tokens,retry-after,retry-after-ms,x-should-retry,"
+    "x-ondol-idempotent"
 )
 
 
@@ -79,6 +66,7 @@ class App:
     def __init__(
         self, *, pipeline: Pipeline, admin: Admin, idempotency: IdempotencyStore[asyncio.Future[None]],
         clock: Clock, metrics: Callable[[], bytes], refused: Callable[[str], None], ready: Callable[[], str | None],
+        crashed: Callable[[Exception], None],
     ) -> None:  # fmt: skip
         """Bind the parts.  `ready` gives None, or a sentence that says what is missing."""
         self._pipeline = pipeline
@@ -88,6 +76,7 @@ class App:
         self._metrics = metrics
         self._refused = refused
         self._ready = ready
+        self._crashed = crashed
         self.draining = False
         self.running = 0
         self.configure()
@@ -134,6 +123,9 @@ class App:
             self._refuse(proto, stopped.refusal, cors)
         except OndolError as error:
             self._fail(proto, error, cors)
+        except Exception as error:  # a task's top: logged, counted, and answered where nothing went out yet
+            self._crashed(error)
+            self._fail(proto, OndolError("something went wrong in the gateway; its log has the reason"), cors)
 
     async def _inference(self, task: Task, scope: Scope, proto: Any, received_ns: int, cors: Headers) -> None:
         header = dict(scope.headers.items()).get
@@ -310,13 +302,6 @@ class App:
             headers.append(("x-should-retry", "false"))
         body = error_body(message=error.message, kind=_kind(status), code=error.code, param=error.param)
         proto.response_bytes(status, headers, body)
-
-
-def status_of(error: OndolError) -> int:
-    """The HTTP status of an error class; 500 for what should not happen."""
-    if isinstance(error, EngineRejected):
-        return error.status
-    return next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
 
 
 def _kind(status: int) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import msgspec
 
@@ -22,7 +22,11 @@ from ondol.gateway.call import Call
 from ondol.gateway.endpoints import Endpoint, Running
 from ondol.gateway.meter import Spent, Totals, attempt, nothing, record_of, totals
 from ondol.gateway.quota import Quotas
+from ondol.gateway.statuses import status_of
 from ondol.units import NS_PER_S
+
+CLIENT_GONE: Final = 499
+"""nginx's status for a request whose client hung up; nobody is sent it."""
 
 
 class Observer(Protocol):
@@ -99,7 +103,9 @@ class Books:
         if call.closed:
             return
         outcome = "cancelled" if error is None else "refused" if not call.attempts else "failed"
-        record, _ = self.record(view, call, outcome, 499 if error is None else 500, error=error)
+        record, _ = self.record(
+            view, call, outcome, CLIENT_GONE if error is None else status_of(error), error=error
+        )
         try:
             await self.ledger.submit(record)
         except LedgerUnavailable:

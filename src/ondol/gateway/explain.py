@@ -67,11 +67,16 @@ def sentence(record: UsageRecord) -> tuple[str, str]:
     who = decision.chosen or record.deployment
     parts_en = [f"{who} on {place} answered: {english}"]
     parts_ko = [f"{place}의 {who} 응답: {korean}"]
+    dropped = decision.dropped
+    if decision.code == "fallback" and dropped:
+        failed, dropped = dropped[-1], dropped[:-1]  # `schedule.fell_back` puts it last
+        parts_en[0] += f" ({failed.deployment}: {failed.detail})"
+        parts_ko[0] += f" ({failed.deployment}: {failed.detail})"
     lost = _lost(decision)
     if lost is not None:
         parts_en.append(lost[0])
         parts_ko.append(lost[1])
-    for one in decision.dropped:
+    for one in dropped:
         parts_en.append(f"{one.deployment} was dropped ({_english(one)})")
         parts_ko.append(
             f"{one.deployment} 제외({_DROPPED_KO.get(one.code, one.code).format(one.detail).strip()})"

@@ -11,10 +11,10 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
 from zoneinfo import ZoneInfo
@@ -28,7 +28,7 @@ from ondol.adapters.capture import SqliteCapture
 from ondol.adapters.clock import SystemClock
 from ondol.adapters.keystore import KeyRequest, SqliteKeyStore
 from ondol.adapters.ledger import SqliteLedger
-from ondol.adapters.lock import lock_directory
+from ondol.adapters.lock import lock_directory, must_be_free
 from ondol.adapters.observe import Metrics, log_as_json
 from ondol.adapters.power import RaplMeter
 from ondol.adapters.secrets import first_admin_key, gateway_id, pseudonym, request_ids, secret_file
@@ -54,6 +54,11 @@ BACKLOG_MIN: Final = 4096
 POLL_S: Final = 1.0
 HOUSEKEEPING_S: Final = 30.0
 POWER_S: Final = 5.0
+NEED_RESTART: Final = (
+    "listen", "tls", "data", "limits.connections", "limits.cache_bytes", "limits.idempotency_bytes",
+    "limits.ledger_bytes",
+)  # fmt: skip
+"""Fields of the Gateway document that are read once, when a site starts."""
 ENGINE_READY_S: Final = 60.0
 ENGINE_POLL_S: Final = 0.02
 Load = Callable[[], Catalog]
@@ -70,7 +75,7 @@ def run_site(*, load: Load, path: Path) -> int:
         catalog = load()
         data = path.parent / catalog.gateway.data
         with lock_directory(data):
-            _must_be_free(catalog.gateway.listen)
+            must_be_free(catalog.gateway.listen)
             return uvloop.run(_Site(load, path, catalog, data).run())
     except OndolError as error:
         print(f"ondol: {error.message}", file=sys.stderr)
@@ -159,6 +164,7 @@ class _Site:
         self._app = App(
             pipeline=self._pipeline, admin=admin, idempotency=self._idempotency, clock=clock,
             metrics=self._metrics.render, refused=self._metrics.refused, ready=self._not_ready,
+            crashed=self._metrics.crashed,
         )  # fmt: skip
 
     def _budgets(self, catalog: Catalog) -> Budgets:
@@ -235,11 +241,7 @@ class _Site:
         self._app.configure()
         for engine in gone:
             self._spawn(self._retire(engine))
-        fixed = [
-            name
-            for name in ("listen", "tls", "data", "limits")
-            if getattr(old.gateway, name) != getattr(catalog.gateway, name)
-        ]
+        fixed = [name for name in NEED_RESTART if _field(old, name) != _field(catalog, name)]
         if fixed:
             LOG.warning("restart_needed", extra={"fields": {"changed": fixed}})
         LOG.info("reloaded", extra={"fields": {"catalog": catalog.digest[:12]}})
@@ -367,20 +369,6 @@ def _settle_memory() -> None:
     gc.set_threshold(20_000, 20, 50)
 
 
-def _must_be_free(listen: str) -> None:
-    """Refuse an address that somebody listens on: the server would share it (SO_REUSEPORT), not fail."""
-    host, _, port = listen.rpartition(":")
-    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host.strip("[]"), int(port)))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {listen}: {error.strerror}; stop what uses it, or change `listen` in the file"
-            ) from error
-
-
 def _ignore_late_callbacks(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Drop what the server's threads say to futures that are already cancelled; log the rest."""
     if not isinstance(context.get("exception"), asyncio.InvalidStateError):
@@ -389,6 +377,10 @@ def _ignore_late_callbacks(loop: asyncio.AbstractEventLoop, context: dict[str, A
 
 async def _in_thread(work: Callable[..., Any], *args: Any) -> None:
     await asyncio.to_thread(work, *args)
+
+
+def _field(catalog: Catalog, name: str) -> object:
+    return attrgetter(name)(catalog.gateway)
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

@@ -1,0 +1,37 @@
+"""The HTTP status of each error: the one place that knows both."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from ondol.errors import (
+    BudgetExhausted,
+    Conflict,
+    DeadlineExceeded,
+    EngineError,
+    EngineFailed,
+    EngineRejected,
+    Forbidden,
+    NotFound,
+    NotServed,
+    OndolError,
+    RateLimited,
+    Refused,
+    RequestError,
+    TooLarge,
+    Unauthenticated,
+    UnknownModel,
+)
+
+_STATUS: Final[tuple[tuple[type[OndolError], int], ...]] = (
+    (TooLarge, 413), (Unauthenticated, 401), (Forbidden, 403), (UnknownModel, 404), (NotFound, 404),
+    (NotServed, 501), (Conflict, 422), (RequestError, 400), (RateLimited, 429), (BudgetExhausted, 402),
+    (Refused, 503), (DeadlineExceeded, 504), (EngineFailed, 502), (EngineError, 503),
+)  # fmt: skip
+
+
+def status_of(error: OndolError) -> int:
+    """The HTTP status of an error class; 500 for what should not happen."""
+    if isinstance(error, EngineRejected):
+        return error.status
+    return next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
