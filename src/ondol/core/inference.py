@@ -78,7 +78,9 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     `prompt_tokens_max` is an upper bound, not a guess: a byte-level tokenizer never makes more tokens
     than there are UTF-8 bytes, plus a fixed allowance a message and a part.  `prompt_tokens` is the
-    best guess, for limits and predictions.
+    best guess, for limits and predictions.  `choices` is how many are made a prompt (`n`, or `best_of`
+    where that is more), `answers` how many are made in all (0 for embeddings, which write nothing), and
+    `predicted_tokens_max` bounds a prediction, which is billed as output where the model rejects it.
     """
 
     task: Task
@@ -88,6 +90,9 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     include_usage: bool = False
     needs: frozenset[Capability] = frozenset()
     n: int = 1
+    choices: int = 1
+    answers: int = 1
+    predicted_tokens_max: int = 0
     max_output_tokens: int | None = None
     prompt_tokens: int = 0
     prompt_tokens_max: int = 0

@@ -72,7 +72,9 @@ class Endpoint:
         if price is None:
             return None
         return price.worst(
-            input_tokens=request.prompt_tokens_max, output_tokens=max_output_tokens * request.n
+            # An engine that has no `n` of its own is asked, and reads the prompt, once a choice.
+            input_tokens=request.prompt_tokens_max * request.choices,
+            output_tokens=max_output_tokens * request.answers + request.predicted_tokens_max,
         )
 
     def candidate(
@@ -82,7 +84,7 @@ class Endpoint:
         expected = self.predictor.predict(
             self.name,
             prompt_tokens=request.prompt_tokens,
-            output_tokens_max=max_output_tokens * request.n,
+            output_tokens_max=max_output_tokens * request.answers,
             queue_depth=self._waiting(),
             now_ns=now_ns,
         )
@@ -184,7 +186,7 @@ class Running:
             prompt_tokens=request.prompt_tokens,
             token_ns=per_token,
             tokens=tokens,
-            tokens_max=max_output_tokens * request.n,
+            tokens_max=max_output_tokens * request.answers,
             queue_depth=self.waiting,
         )
 

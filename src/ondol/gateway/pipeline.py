@@ -134,7 +134,7 @@ class Pipeline:
             self._books.quotas,
             view.catalog,
             call.principal,
-            tokens=request.prompt_tokens + call.max_output_tokens * request.n,
+            tokens=request.prompt_tokens + call.max_output_tokens * request.answers,
             now_ns=call.received_ns,
         )
 

@@ -196,15 +196,18 @@ def parse_request(task: Task, raw: bytes, limits: Limits) -> InferenceRequest:
             check(field, value)
     if task is Task.CHAT:
         needs, tokens, tokens_max = _chat(body, limits)
+        items = 1
     elif task is Task.COMPLETION:
-        needs, tokens, tokens_max = _completion(body, limits)
+        needs, tokens, tokens_max, items = _completion(body, limits)
     else:
         needs, tokens, tokens_max = _embedding(body, limits)
+        items = 0
     stream = body.get("stream") is True
     options = body.get("stream_options")
     if options is not None and not stream:
         raise InvalidRequest("'stream_options' is only allowed when 'stream' is true", param="stream_options")
     metadata = body.get("metadata")
+    choices = max(body.get("n") or 1, body.get("best_of") or 1)
     limit = body.get("max_completion_tokens")
     if limit is None:
         limit = body.get("max_tokens")
@@ -216,6 +219,9 @@ def parse_request(task: Task, raw: bytes, limits: Limits) -> InferenceRequest:
         include_usage=options is not None and options.get("include_usage") is True,
         needs=needs,
         n=body.get("n") or 1,
+        choices=choices,
+        answers=items * choices,
+        predicted_tokens_max=len(msgspec.json.encode(body["prediction"])) if body.get("prediction") else 0,
         max_output_tokens=limit or None,
         prompt_tokens=tokens,
         prompt_tokens_max=tokens_max,
@@ -351,11 +357,11 @@ def _texts(field: str, value: Any, most: int) -> tuple[int, int]:
     raise _wrong(field, value, "strings only, or token ids only")
 
 
-def _completion(body: dict[str, Any], limits: Limits) -> tuple[frozenset[Capability], int, int]:
+def _completion(body: dict[str, Any], limits: Limits) -> tuple[frozenset[Capability], int, int, int]:
     size, items = _texts("prompt", body.get("prompt"), limits.embedding_inputs)
     size += _size(body.get("suffix") or "")
     needs = _needs(body)
-    return frozenset(needs), size // BYTES_PER_TOKEN + 4 * items, size + MESSAGE_TOKENS * items
+    return frozenset(needs), size // BYTES_PER_TOKEN + 4 * items, size + MESSAGE_TOKENS * items, items
 
 
 def _embedding(body: dict[str, Any], limits: Limits) -> tuple[frozenset[Capability], int, int]:

@@ -100,7 +100,9 @@ def test_any_headers_give_hints_or_a_named_refusal(headers: dict[str, str]) -> N
         assert found.max_latency_ms is None or 1 <= found.max_latency_ms <= LATENCY_MS_MAX
 
 
-@given(st.decimals(0, 10**12, allow_nan=False, allow_infinity=False, places=9) | st.floats(0, 1e12).map(Decimal))
+@given(
+    st.decimals(0, 10**12, allow_nan=False, allow_infinity=False, places=9) | st.floats(0, 1e12).map(Decimal)
+)
 def test_an_accepted_ceiling_can_be_computed_with(amount: Decimal) -> None:
     try:
         said = hints(max_cost=f"{amount} USD").max_cost

@@ -138,7 +138,9 @@ def test_a_remembered_proof_expires_with_its_key() -> None:
         of.principal(HEADER, snapshot, 100)
 
 
-@pytest.mark.parametrize("header", [None, "", "Basic x", "Bearer " + FORGED, "Bearer " + STRANGER, HEADER[:-1]])
+@pytest.mark.parametrize(
+    "header", [None, "", "Basic x", "Bearer " + FORGED, "Bearer " + STRANGER, HEADER[:-1]]
+)
 def test_a_wrong_key_is_refused_every_time_and_never_remembered(header: str | None) -> None:
     of, snapshot = Authenticator(PEPPER), keys()
     of.principal(HEADER, snapshot, 0)

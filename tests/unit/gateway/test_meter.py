@@ -32,7 +32,14 @@ RECEIPT = Receipt(
 
 def terms(engine: Any = "llamacpp", **changes: Any) -> Terms:
     doc = DeploymentDoc(name="d", site="here", model="m", engine=engine)
-    given = {"deployment": doc, "site": SITE, "model": "m", "price": PRICE, "energy": ENERGY, "grid": GRID}
+    given: dict[str, Any] = {
+        "deployment": doc,
+        "site": SITE,
+        "model": "m",
+        "price": PRICE,
+        "energy": ENERGY,
+        "grid": GRID,
+    }
     return Terms(**(given | {"threads": 2} | changes))
 
 
@@ -44,8 +51,14 @@ def test_a_local_answer_has_price_energy_and_carbon() -> None:
     # Two threads at 10 W for a second, shared by two.
     assert (done.energy_uj, done.energy_method) == (10_000_000, "cpu")
     assert (done.carbon_ng, done.carbon_source) == (1_111_111, "KR 2024")
-    assert (done.site, done.model, done.engine, done.ttft_ns, done.total_ns) == ("here", "m", "llamacpp", 3, 10**9)
-    assert done.peer_cost is done.peer_request is None
+    assert (done.site, done.model, done.engine, done.ttft_ns, done.total_ns) == (
+        "here",
+        "m",
+        "llamacpp",
+        3,
+        10**9,
+    )
+    assert (done.peer_cost, done.peer_request) == (None, None)
 
 
 def test_what_the_machines_meter_says_goes_before_the_model() -> None:
@@ -57,9 +70,12 @@ def test_what_the_machines_meter_says_goes_before_the_model() -> None:
 
 def test_a_peer_pays_for_itself_and_only_its_receipt_is_noted() -> None:
     done = attempt(
-        terms("peer"), REQUEST, Spent(outcome="ok", usage=Usage(10, 5), receipt=RECEIPT, model="x"), total_ns=10**9
+        terms("peer"),
+        REQUEST,
+        Spent(outcome="ok", usage=Usage(10, 5), receipt=RECEIPT, model="x"),
+        total_ns=10**9,
     )
-    assert done.cost is done.currency is done.price is done.energy_uj is done.carbon_ng is None
+    assert (done.cost, done.currency, done.price, done.energy_uj, done.carbon_ng) == (None,) * 5
     assert (done.site, done.model) == ("hub", "hub-model")
     assert (done.peer_request, done.peer_cost, done.peer_currency) == ("r9", 500, "USD")
     assert (done.peer_energy_uj, done.peer_carbon_ng) == (60, 70)
@@ -77,13 +93,15 @@ def test_a_peer_pays_for_itself_and_only_its_receipt_is_noted() -> None:
         ("rejected", 0, Usage()),
     ],
 )
-def test_what_an_engine_did_not_say_is_estimated_from_what_was_seen(outcome: str, pieces: int, usage: Usage) -> None:
+def test_what_an_engine_did_not_say_is_estimated_from_what_was_seen(
+    outcome: str, pieces: int, usage: Usage
+) -> None:
     assert attempt(terms(), REQUEST, Spent(outcome=outcome, pieces=pieces)).usage == usage
 
 
 def test_without_price_grid_or_time_nothing_is_made_up() -> None:
     done = attempt(terms(price=None, grid=None), REQUEST, Spent(outcome="ok", usage=Usage(1, 1)), total_ns=5)
-    assert done.cost is done.price is done.carbon_ng is done.carbon_source is None
+    assert (done.cost, done.price, done.carbon_ng, done.carbon_source) == (None,) * 4
     assert done.energy_uj is not None
     assert attempt(terms(), REQUEST, Spent(outcome="ok", usage=Usage(1, 1))).energy_uj is None
     assert price_of(None, Usage(1, 1)) is None
@@ -155,7 +173,13 @@ def test_the_record_of_a_request_has_all_that_was_found_out() -> None:
         one, totals([done], "USD"), outcome="completed", status=200, site="here", gateway="g", now_ns=1_100,
         user="pseudonym",
     )  # fmt: skip
-    assert (found.request_id, found.time_ns, found.tenant, found.team, found.key_id) == ("req-1", 5_000, "t", "shop", "k")
+    assert (found.request_id, found.time_ns, found.tenant, found.team, found.key_id) == (
+        "req-1",
+        5_000,
+        "t",
+        "shop",
+        "k",
+    )
     assert (found.model, found.deployment, found.answered_by) == ("m", "d", "here")
     assert (found.cost, found.currency, found.energy_uj) == (27, "USD", done.energy_uj)
     assert (found.total_ns, found.overhead_ns, found.ttft_ns) == (1_000, 300, None)
@@ -177,4 +201,8 @@ def test_the_overhead_of_a_stream_is_that_before_its_first_byte() -> None:
 def test_tags_of_the_header_win_and_all_are_sorted() -> None:
     assert merged_tags((), ()) == ()
     assert merged_tags((("b", "1"), ("a", "2")), ()) == (("a", "2"), ("b", "1"))
-    assert merged_tags((("b", "1"), ("a", "2")), (("b", "9"), ("c", "3"))) == (("a", "2"), ("b", "9"), ("c", "3"))
+    assert merged_tags((("b", "1"), ("a", "2")), (("b", "9"), ("c", "3"))) == (
+        ("a", "2"),
+        ("b", "9"),
+        ("c", "3"),
+    )

@@ -146,7 +146,9 @@ async def test_a_peers_own_field_is_replaced_not_doubled() -> None:
         assert stream.endings[0].heard.receipt is receipt
 
 
-TEXTS = st.lists(st.tuples(st.text(max_size=5), st.sampled_from([None, None, "stop"])), min_size=1, max_size=8)
+TEXTS = st.lists(
+    st.tuples(st.text(max_size=5), st.sampled_from([None, None, "stop"])), min_size=1, max_size=8
+)
 
 
 @settings(max_examples=50)

@@ -61,7 +61,9 @@ def test_what_is_known_to_be_nothing_is_zero() -> None:
 
 
 @given(st.integers(0, 10**15), st.integers(0, 10**12), st.integers(0, 10**12), st.integers(0, 10**9))
-def test_headers_and_the_closing_field_say_the_same(cost: int, energy: int, carbon: int, overhead: int) -> None:
+def test_headers_and_the_closing_field_say_the_same(
+    cost: int, energy: int, carbon: int, overhead: int
+) -> None:
     totals = msgspec.structs.replace(
         KNOWN, shown_cost=Money(cost, "USD"), shown_energy_uj=energy, shown_carbon_ng=carbon
     )

@@ -25,12 +25,12 @@ def zone(name: str) -> tzinfo:
 
 
 def doc(name: str, scope: BudgetScope, **changes: Any) -> BudgetDoc:
-    given = {"amount": "1000", "period": "day", **changes}
+    given: dict[str, Any] = {"amount": "1000", "period": "day", **changes}
     return BudgetDoc(name=name, scope=scope, **given)
 
 
 def record(**changes: Any) -> UsageRecord:
-    given = {
+    given: dict[str, Any] = {
         "request_id": "r", "time_ns": NOW, "site": "here", "gateway": "g", "tenant": "default",
         "team": "shop", "key_id": "k1", "route": "r", "task": "chat", "outcome": "completed", "status": 200,
     }  # fmt: skip
@@ -80,7 +80,9 @@ def test_other_currencies_are_exchanged_and_rounded_up() -> None:
 
 
 TAGS = st.dictionaries(
-    st.sampled_from(["project", "project=apollo", "x"]), st.sampled_from(["apollo", "gemini", "a=b", ""]), max_size=2
+    st.sampled_from(["project", "project=apollo", "x"]),
+    st.sampled_from(["apollo", "gemini", "a=b", ""]),
+    max_size=2,
 ).map(lambda tags: tuple(tags.items()))
 RECORDS = st.lists(
     st.builds(

@@ -25,7 +25,7 @@ from ondol.gateway.scorers import FACTORS, WEIGHTS
 
 
 def place(name: str = "a", **changes: Any) -> Candidate:
-    given = {
+    given: dict[str, Any] = {
         "name": name, "site": "here", "local": True, "task": Task.CHAT, "capabilities": frozenset(),
         "context_tokens": 1000, "parallel": 4, "queue": 4, "in_flight": 0, "ttft_ms": 10.0,
         "total_ms": 100.0, "cost": 1.0, "carbon_g": 1.0, "quality": 0.5,
@@ -34,7 +34,7 @@ def place(name: str = "a", **changes: Any) -> Candidate:
 
 
 def wish(**changes: Any) -> Wish:
-    given = {
+    given: dict[str, Any] = {
         "task": Task.CHAT, "needs": frozenset(), "tokens_max": 200, "prompt_tokens": 100,
         "objective": Objective.FAST, "data_class": DataClass.INTERNAL, "remaining_ms": 1000.0,
     }  # fmt: skip
@@ -160,7 +160,13 @@ def test_the_figure_that_the_runner_up_lost_on_is_told(
 
 
 def test_weights_sum_to_one_and_the_named_factor_outweighs_the_rest() -> None:
-    named = {Objective.FAST: 0, Objective.CHEAP: 1, Objective.GREEN: 2, Objective.BEST: 3, Objective.PRIVATE: 0}
+    named = {
+        Objective.FAST: 0,
+        Objective.CHEAP: 1,
+        Objective.GREEN: 2,
+        Objective.BEST: 3,
+        Objective.PRIVATE: 0,
+    }
     assert len(FACTORS) == 5
     for objective, factor in named.items():
         weights = WEIGHTS[objective]
@@ -266,5 +272,8 @@ def test_a_fall_back_keeps_what_was_dropped_and_adds_the_first_choice() -> None:
     before = schedule(wish(), [place("a"), place("b"), place("c", problem="it rests")]).decision
     after = fell_back(before, "b", EngineUnavailable("refused the connection"))
     assert (after.code, after.chosen, after.runner_up, after.lost_on) == ("fallback", "b", None, None)
-    assert after.dropped == (Dropped("c", "unhealthy", "it rests"), Dropped("a", "unhealthy", "refused the connection"))
+    assert after.dropped == (
+        Dropped("c", "unhealthy", "it rests"),
+        Dropped("a", "unhealthy", "refused the connection"),
+    )
     assert msgspec.json.decode(msgspec.json.encode(after), type=Decision) == after

@@ -57,7 +57,17 @@ def test_what_the_gateway_reads_is_taken_over() -> None:
 
 
 def test_null_is_the_same_as_absent() -> None:
-    names = ("n", "stream", "stream_options", "max_tokens", "metadata", "user", "tools", "response_format", "stop")
+    names = (
+        "n",
+        "stream",
+        "stream_options",
+        "max_tokens",
+        "metadata",
+        "user",
+        "tools",
+        "response_format",
+        "stop",
+    )
     found = parse(**dict.fromkeys(names))
     assert (found.n, found.stream, found.tags, found.needs) == (1, False, (), frozenset())
 
@@ -73,7 +83,10 @@ def test_null_is_the_same_as_absent() -> None:
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, {C.TOOL_CHOICE}),
         ({"response_format": {"type": "text"}}, set()),
         ({"response_format": {"type": "json_object"}}, {C.JSON_OBJECT}),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {}}}}, {C.JSON_SCHEMA}),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {}}}},
+            {C.JSON_SCHEMA},
+        ),
         ({"logit_bias": {"5": -100}}, {C.LOGIT_BIAS}),
         ({"logit_bias": {}}, set()),
         ({"seed": 0}, {C.SEED}),
@@ -85,7 +98,10 @@ def test_null_is_the_same_as_absent() -> None:
         ({"logprobs": False}, set()),
         ({"n": 1}, set()),
         ({"n": 2}, {C.CHOICES}),
-        ({"messages": user({"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}})}, {C.IMAGE}),
+        (
+            {"messages": user({"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}})},
+            {C.IMAGE},
+        ),
         ({"messages": user({"type": "input_audio", "input_audio": {"data": "AA"}})}, {C.AUDIO}),
         ({"messages": user({"type": "file", "file": {"file_id": "f"}})}, {C.FILE}),
         ({"messages": user({"type": "text", "text": "x"})}, set()),
@@ -111,13 +127,17 @@ def test_what_the_others_need(task: Task, fields: dict[str, Any], needs: set[Cap
     assert parse(task, **fields).needs == needs
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[1", b'{"model": "\xff"}', b"nul", b'{"a": 1e999}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[1", b'{"model": "\xff"}', b"nul", b'{"a": 1e999}', b"[" * 100_000]
+)
 def test_what_is_not_json(raw: bytes) -> None:
     with pytest.raises(InvalidRequest, match="not valid JSON"):
         parse_request(Task.CHAT, raw, LIMITS)
 
 
-@pytest.mark.parametrize(("raw", "found"), [(b"[]", "list"), (b"null", "NoneType"), (b'"x"', "str"), (b"1", "int")])
+@pytest.mark.parametrize(
+    ("raw", "found"), [(b"[]", "list"), (b"null", "NoneType"), (b'"x"', "str"), (b"1", "int")]
+)
 def test_a_body_that_is_no_object(raw: bytes, found: str) -> None:
     with pytest.raises(InvalidRequest, match=f"the body is {found}, expected a JSON object"):
         parse_request(Task.CHAT, raw, LIMITS)
@@ -215,12 +235,16 @@ def test_one_long_list_of_token_ids_is_one_input() -> None:
 
 
 TEXT = st.text(max_size=30)
-CALLS = st.fixed_dictionaries({"id": TEXT, "function": st.fixed_dictionaries({"name": TEXT, "arguments": TEXT})})
+CALLS = st.fixed_dictionaries(
+    {"id": TEXT, "function": st.fixed_dictionaries({"name": TEXT, "arguments": TEXT})}
+)
 MESSAGES = st.lists(
     st.fixed_dictionaries(
         {"role": st.sampled_from(["system", "user", "assistant", "tool", "developer"])},
         optional={
-            "content": TEXT | st.none() | st.lists(TEXT.map(lambda text: {"type": "text", "text": text}), max_size=2),
+            "content": TEXT
+            | st.none()
+            | st.lists(TEXT.map(lambda text: {"type": "text", "text": text}), max_size=2),
             "tool_calls": st.lists(CALLS, max_size=2),
             "name": TEXT,
             "refusal": TEXT,
@@ -236,7 +260,13 @@ def texts_of(value: Any) -> list[str]:
     """Every text in it that a caller chose."""
     if isinstance(value, str):
         return [value]
-    items = value if isinstance(value, list) else [v for k, v in value.items() if k not in ("type", "role")] if value else []
+    items = (
+        value
+        if isinstance(value, list)
+        else [v for k, v in value.items() if k not in ("type", "role")]
+        if value
+        else []
+    )
     return [text for item in items for text in texts_of(item)]
 
 
@@ -328,3 +358,28 @@ def test_errors_and_models_have_openais_shape() -> None:
         "object": "list", "data": [{"id": "r", "created": 5, "owned_by": "ondol", "object": "model"}],
     }  # fmt: skip
     assert not {path.split("/")[2] for path in SERVED} & set(NOT_SERVED)
+
+
+@pytest.mark.parametrize(
+    ("task", "fields", "choices", "answers"),
+    [
+        (Task.CHAT, {"messages": [{"role": "user", "content": "a"}], "n": 3}, 3, 3),
+        (Task.COMPLETION, {"prompt": ["a", "b"], "n": 2}, 2, 4),
+        (Task.COMPLETION, {"prompt": "a", "n": 2, "best_of": 5}, 5, 5),
+        (Task.EMBEDDING, {"input": ["a", "b", "c"]}, 1, 0),
+    ],
+)
+def test_all_that_can_be_written_is_counted(
+    task: Task, fields: dict[str, Any], choices: int, answers: int
+) -> None:
+    request = parse_request(task, json.dumps({"model": "m"} | fields).encode(), Limits())
+    assert (request.choices, request.answers) == (choices, answers)
+
+
+def test_a_prediction_is_bounded_as_output() -> None:
+    body = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "a"}],
+        "prediction": {"type": "content", "content": "x" * 99},
+    }
+    assert parse_request(Task.CHAT, json.dumps(body).encode(), Limits()).predicted_tokens_max >= 99
