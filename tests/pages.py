@@ -128,7 +128,7 @@ def run_page(
         )
         said = done.stdout + done.stderr
         if done.returncode != 0 and "exit code" not in "".join(command.output):
-            wrong.append(f"line {command.line}: exit code {done.returncode}: {said[-500:]}")
+            wrong.append(f"line {command.line}: exit code {done.returncode}: {said[-1500:]}")
         elif not appears([line for line in command.output if "exit code" not in line], said):
-            wrong.append(f"line {command.line}: said {said[-500:]!r}, which lacks {command.output}")
+            wrong.append(f"line {command.line}: said {said[-1500:]!r}, which lacks {command.output}")
     return wrong
