@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from ondol.cli import main
+from ondol.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -31,6 +31,7 @@ class OndolError(Exception):
     code: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = False
     request_id: str | None = None
+    headers: tuple[tuple[str, str], ...] = ()
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         """Keep the sentence, the request field that it is about, and when trying again may help."""

@@ -136,6 +136,7 @@ def test_requests_a_minute_are_limited_with_headers_that_say_when(tmp_path: Path
         refused = site.chat(key=key)
         assert refused.status == 429 and refused.code == "rate_limit_exceeded"
         assert 1 <= int(refused.headers["retry-after"]) <= 21
+        assert refused.headers["x-ratelimit-remaining-requests"] == "0"
         assert site.chat().status == 200
 
 

@@ -22,7 +22,7 @@ def lock_directory(path: Path) -> Iterator[None]:
     Raises:
         DirectoryLocked: another process holds it; the message has its pid.
     """
-    path.mkdir(parents=True, exist_ok=True)
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
     file = path / "lock"
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

@@ -41,6 +41,10 @@ TASKS: Final = {
     "/v1/completions": Task.COMPLETION,
     "/v1/embeddings": Task.EMBEDDING,
 }
+_ALLOWED: Final = (
+    "authorization,cache-control,content-type,idempotency-key,x-ondol-data-class,x-ondol-objective,"
+    "x-ondol-max-latency-ms,x-ondol-max-cost,x-ondol-tags"
+)
 _EXPOSED: Final = (
     "x-ondol-request-id,x-ondol-site,x-ondol-model,x-ondol-deployment,x-ondol-cache,x-ondol-reason,"
     "x-ondol-cost,x-ondol-energy-j,x-ondol-carbon-g,x-ondol-overhead-us,x-ratelimit-limit-requests,"
@@ -277,8 +281,7 @@ class App:
     def _preflight(self) -> Headers:
         return [
             ("access-control-allow-methods", "GET, POST, DELETE, OPTIONS"),
-            ("access-control-allow-headers", "authorization, content-type, idempotency-key, x-ondol-data-class, "
-             "x-ondol-objective, x-ondol-max-latency-ms, x-ondol-max-cost, x-ondol-tags"),
+            ("access-control-allow-headers", _ALLOWED),
             ("access-control-max-age", str(self._cors.max_age_s)),
         ]  # fmt: skip
 
@@ -290,7 +293,7 @@ class App:
     def _fail(self, proto: Any, error: OndolError, cors: Headers) -> None:
         self._refused(error.code)
         status = status_of(error)
-        headers: Headers = [*JSON_HEADERS, *cors]
+        headers: Headers = [*JSON_HEADERS, *cors, *error.headers]
         if error.retry_after_s is not None:
             headers.append(("retry-after", str(max(1, -int(-error.retry_after_s // 1)))))
             headers.append(("retry-after-ms", str(max(1, int(error.retry_after_s * 1000)))))

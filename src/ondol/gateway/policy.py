@@ -7,7 +7,7 @@ import difflib
 from ondol.core.catalog import Catalog, RouteDoc
 from ondol.core.identity import Principal
 from ondol.errors import Forbidden, RateLimited, TooLarge, UnknownModel
-from ondol.gateway.quota import Granted, Limited, Quotas
+from ondol.gateway.quota import Granted, Limited, Quotas, rate_headers
 
 
 def find_route(catalog: Catalog, name: str, principal: Principal) -> RouteDoc:
@@ -49,5 +49,7 @@ def admit(quotas: Quotas, catalog: Catalog, principal: Principal, *, tokens: int
     if isinstance(answer, Limited):
         if answer.retry_after_ns is None:
             raise TooLarge(answer.message)
-        raise RateLimited(answer.message, retry_after_s=answer.retry_after_s)
+        limited = RateLimited(answer.message, retry_after_s=answer.retry_after_s)
+        limited.headers = rate_headers(answer)
+        raise limited
     return answer

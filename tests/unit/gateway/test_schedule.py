@@ -215,6 +215,12 @@ def test_each_reason_has_its_figure(changes: dict[str, Any], code: str, detail: 
     assert decision.code == ("class_stays" if code == "class_stays" else "only_choice")
 
 
+def test_a_bound_that_is_just_met_is_met() -> None:
+    asked = wish(prompt_tokens=1000, remaining_ms=10.0)
+    just = place(context_tokens=1000, ttft_ms=10.0, in_flight=7)
+    assert schedule(asked, [just]).decision == Decision(code="only_choice", objective="fast", chosen="a")
+
+
 def test_staying_is_the_reason_only_where_something_was_dropped_for_it() -> None:
     asked = wish(objective=Objective.PRIVATE)
     assert schedule(asked, [place("a"), place("b", local=False)]).decision.code == "private_stays"
