@@ -139,6 +139,30 @@ def test_an_attempt_is_metered_and_taught_to_the_predictions() -> None:
     assert learnt.per_token_ms > 1
 
 
+def test_times_count_from_the_attempts_own_start() -> None:
+    one, start = endpoint(), 1000 * S
+    running = one.begin(0, start)
+    running.first_ns = start + 20 * MS
+    done = running.end(REQUEST, 50, OK, start + 50 * MS)
+    assert (done.ttft_ns, done.total_ns) == (20 * MS, 50 * MS)
+    learnt = one.predictor.predict(
+        "d", prompt_tokens=100, output_tokens_max=100, queue_depth=0, now_ns=start + 50 * MS
+    )
+    # 30 ms for the ten tokens after the first: half way from the prior's 1 ms to 3; 20 ms were expected.
+    assert learnt.per_token_ms == pytest.approx(2)
+    assert learnt.ttft_ms == pytest.approx(20)
+
+
+def test_the_first_token_of_an_answer_in_one_piece_is_its_end_less_its_tokens() -> None:
+    one, start = endpoint(), 1000 * S
+    assert one.candidate(REQUEST, 50, start, affordable=True).ttft_ms == pytest.approx(20)
+    one.begin(0, start).end(REQUEST, 50, OK, start + 31 * MS)  # 11 tokens at 1 ms
+    after = one.candidate(REQUEST, 50, start + 31 * MS, affordable=True)
+    assert after.ttft_ms == pytest.approx(20)
+    one.begin(0, start).end(REQUEST, 50, OK, start + 5 * MS)
+    assert 0 < one.candidate(REQUEST, 50, start + 31 * MS, affordable=True).ttft_ms < 20
+
+
 @pytest.mark.parametrize("outcome", ["failed", "cancelled", "deadline", "unavailable", "rejected"])
 def test_failures_teach_the_predictions_nothing(outcome: str) -> None:
     one = endpoint()

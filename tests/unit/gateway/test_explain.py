@@ -10,9 +10,10 @@ import pytest
 from ondol.core.inference import Objective
 from ondol.core.money import Money
 from ondol.core.usage import Decision, Dropped, UsageRecord
+from ondol.errors import EngineUnavailable
 from ondol.gateway.budget import Exhausted
 from ondol.gateway.explain import exhausted_sentence, sentence
-from ondol.gateway.schedule import REASONS
+from ondol.gateway.schedule import REASONS, fell_back
 from ondol.gateway.scorers import FACTORS
 
 KOREAN = re.compile("[가-힣]")
@@ -104,6 +105,17 @@ def test_without_a_decision_the_error_is_told() -> None:
     english, korean = told(None)
     assert english.isascii()
     assert KOREAN.search(korean)
+
+
+def test_a_fall_back_says_what_failed_first_and_then_what_was_dropped() -> None:
+    before = Decision(code="fastest", chosen="near", dropped=(Dropped("small", "capability", "tools"),))
+    english, korean = told(fell_back(before, "d", EngineUnavailable("refused {the} connection")))
+    assert english == (
+        "d on hub answered: the first choice failed before its first byte (near: refused {the} connection); "
+        "small was dropped (cannot do tools)."
+    )
+    assert "(near: refused {the} connection); small 제외(" in korean
+    assert korean.count("near") == english.count("near") == 1
 
 
 def test_codes_of_a_newer_version_do_not_break_it() -> None:

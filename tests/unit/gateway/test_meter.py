@@ -148,7 +148,8 @@ def test_own_excludes_peers_and_shown_includes_them(attempts: list[Attempt]) -> 
 def test_a_hit_of_the_cache_is_free() -> None:
     free = nothing(Usage(3, 4), "KRW")
     assert (free.usage, free.cost, free.shown_cost) == (Usage(3, 4), Money(0, "KRW"), Money(0, "KRW"))
-    assert (free.energy_uj, free.shown_carbon_ng, free.unpriced) == (0, 0, False)
+    assert (free.energy_uj, free.carbon_ng, free.unpriced) == (0, 0, False)
+    assert (free.shown_energy_uj, free.shown_carbon_ng) == (0, 0)
 
 
 def call(**changes: Any) -> Call:

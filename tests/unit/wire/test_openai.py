@@ -207,6 +207,32 @@ def test_the_place_of_a_wrong_value_is_named(fields: dict[str, Any], param: str)
     assert caught.value.param == param
 
 
+@pytest.mark.parametrize(
+    ("task", "field", "values"),
+    [
+        (Task.CHAT, "temperature", (0, 2, 2.0)), (Task.CHAT, "top_p", (0, 1)), (Task.CHAT, "n", (1, 128)),
+        (Task.CHAT, "stop", ("", [], ["a"] * 4)), (Task.CHAT, "max_tokens", (0, 10_000_000)),
+        (Task.CHAT, "seed", (-(2**63), 2**63 - 1)), (Task.CHAT, "presence_penalty", (-2, 2)),
+        (Task.CHAT, "top_logprobs", (0, 20)), (Task.CHAT, "best_of", (1, 20)),
+        (Task.CHAT, "tools", ([{"type": "function", "function": {"name": "f"}}] * 128,)),
+        (Task.CHAT, "metadata", ({"k" * 64: "x" * 512}, {str(i): "" for i in range(16)})),
+        (Task.COMPLETION, "logprobs", (0, 5)), (Task.EMBEDDING, "dimensions", (1, 65_536)),
+        (Task.EMBEDDING, "stream", (False,)),
+    ],
+)  # fmt: skip
+def test_the_ends_of_a_range_belong_to_it(task: Task, field: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        assert parse(task, **{field: value}).body[field] == value
+
+
+def test_the_guess_is_a_token_for_four_bytes_and_some_for_the_form() -> None:
+    text = "x" * 40
+    chat = parse(messages=[{"role": "user", "content": text}] * 2)
+    assert chat.prompt_tokens == 80 // 4 + 2 * 4
+    assert parse(Task.COMPLETION, prompt=[text, text], suffix=text).prompt_tokens == 120 // 4 + 2 * 4
+    assert parse(Task.EMBEDDING, input=[text, text, text]).prompt_tokens == 120 // 4 + 3 * 2
+
+
 def test_what_a_client_wrote_is_not_in_the_message() -> None:
     for fields in ({"messages": "my secret"}, {"tool_choice": "my secret"}, {"user": ["my secret"]}):
         with pytest.raises(InvalidRequest) as caught:
