@@ -149,14 +149,6 @@ class Budgets:
         """What `reserve` would refuse with now, else None.  Changes nothing."""
         return self._refusal(self._known(names), worst, wall_ns)
 
-    def exhausted(self, names: tuple[str, ...], wall_ns: int) -> Exhausted | None:
-        """The first hard budget that has nothing left at all, else None: for admission."""
-        for one in self._known(names):
-            state = one.at(wall_ns)
-            if one.hard and state.used >= one.amount:
-                return one.exhausted(state, "spent")
-        return None
-
     def remaining(self, names: tuple[str, ...], wall_ns: int) -> tuple[tuple[str, Money], ...]:
         """What each hard budget among `names` has left, never below zero."""
         return tuple([(one.name, one.left(one.at(wall_ns))) for one in self._known(names) if one.hard])

@@ -97,9 +97,8 @@ def test_an_exhausted_budget_says_what_is_left_and_when_it_renews() -> None:
     assert not some.can_afford(("b",), usd("0.007"), NOW)
     assert some.can_afford(("b",), usd("0.006"), NOW)
     assert some.remaining(("b",), NOW) == (("b", usd("0.006")),)
-    assert some.exhausted(("b",), NOW) is None
     taken(some, ("b",), usd("0.006"))
-    assert some.exhausted(("b",), NOW) == Exhausted("b", usd("0"), NOW + DAY, "spent")
+    assert some.refusal(("b",), usd("0.001"), NOW) == Exhausted("b", usd("0"), NOW + DAY, "spent")
 
 
 def test_what_is_free_passes_where_nothing_is_left() -> None:
