@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A test never depends on how fast a machine is, and a run in CI never on chance.
+settings.register_profile(
+    "ondol",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize="CI" in os.environ,
+)
+settings.load_profile("ondol")
 
 ROOT = Path(__file__).resolve().parent.parent
 
