@@ -229,6 +229,9 @@ class Child:
             try:
                 await self._end(process, pipes)
             finally:
+                # asyncio closes this when it hears of the process's end; a loop that is closing, or a wait
+                # that was cancelled, may never hear of it.  There is no public way.
+                process._transport.close()  # type: ignore[attr-defined]
                 self._process = None
                 reading.cancel()
                 await asyncio.wait({reading})

@@ -102,6 +102,9 @@ class Pipeline:
         except asyncio.CancelledError:
             self._books.spawn(self._books.close(view, call, None))
             raise
+        except Exception:  # a bug: whatever it is, the reservation is settled and the request is recorded
+            await self._books.close(view, call, EngineFailed("something went wrong in the gateway"))
+            raise
 
     # ---- classify, admit, lookup
 
@@ -279,7 +282,7 @@ class Pipeline:
     async def _whole(self, view: View, call: Call, running: Running) -> Whole:
         try:
             completion = await running.endpoint.engine.complete(self._engine_call(call))
-        except (EngineError, asyncio.CancelledError) as error:
+        except BaseException as error:
             self._end_attempt(call, running, _spent(error))
             raise
         spent = Spent(
@@ -299,7 +302,7 @@ class Pipeline:
             first = await anext(chunks, None)
             if first is None:
                 raise EngineUnavailable("the engine's stream ended before its first chunk")
-        except (EngineError, asyncio.CancelledError) as error:
+        except BaseException as error:
             self._end_attempt(call, running, _spent(error))
             raise
         now_ns = self._clock.now_ns()
@@ -365,17 +368,14 @@ def _within(max_cost: str | None, worst: Money | None) -> bool:
     return worst is not None and worst.currency == currency and worst <= money(amount, currency)
 
 
+_OUTCOMES = (
+    (EngineUnavailable, "unavailable"), (EngineRejected, "rejected"), (DeadlineExceeded, "deadline"),
+    (asyncio.CancelledError, "cancelled"),
+)  # fmt: skip
+
+
 def _outcome(error: BaseException) -> str:
-    match error:
-        case EngineUnavailable():
-            return "unavailable"
-        case EngineRejected():
-            return "rejected"
-        case DeadlineExceeded():
-            return "deadline"
-        case EngineFailed():
-            return "failed"
-    return "cancelled"
+    return next((word for kind, word in _OUTCOMES if isinstance(error, kind)), "failed")
 
 
 def _spent(error: BaseException) -> Spent:

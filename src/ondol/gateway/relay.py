@@ -80,6 +80,9 @@ class Relay:
                     return await self._complete()
                 except OndolError as error:
                     return await self._break(error)
+                except Exception as error:  # a bug in an engine: the client still gets a defined end
+                    failed = EngineFailed(f"the engine failed unexpectedly ({type(error).__name__})")
+                    return await self._break(failed)
             self._next = None
             out = self._take(chunk)
             if out is not None:

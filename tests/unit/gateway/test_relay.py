@@ -248,3 +248,24 @@ def test_an_error_event_names_the_field() -> None:
     assert json.loads(payload)["error"] == {
         "message": "m", "type": "server_error", "param": "p", "code": "internal_error",
     }  # fmt: skip
+
+
+async def test_an_engine_that_crashes_in_the_middle_still_gives_the_stream_a_defined_end() -> None:
+    async def crashing() -> AsyncIterator[Chunk]:
+        yield Chunk(data=b'{"choices":[{"delta":{"content":"a"}}]}', pieces=1)
+        raise ZeroDivisionError
+
+    endings: list[Ending] = []
+
+    async def finish(ending: Ending) -> bytes:
+        endings.append(ending)
+        return b"{}"
+
+    chunks = crashing()
+    relay = Relay(
+        first=await anext(chunks), chunks=chunks, include_usage=False, collect=False, finish=finish,
+        abandon=lambda heard, rest: None,
+    )  # fmt: skip
+    pieces = [piece async for piece in relay]
+    assert b"engine_failed" in pieces[-1] and b"[DONE]" not in b"".join(pieces)
+    assert isinstance(endings[0].error, EngineFailed)
