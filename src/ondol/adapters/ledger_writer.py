@@ -28,8 +28,9 @@ _LOG = logging.getLogger("ondol.ledger")
 GATHER_FROM: Final = 4
 GATHER_S: Final = 0.001
 """After a batch of that many another is likely on its way: waiting a millisecond makes commits fewer and
-larger, and takes the interpreter's lock from the loop less often (13 % less processor time a request at 32
-at once, the pipeline alone in a harness; no change of the whole gateway's throughput was seen).  A lone request never waits.  PostgreSQL's `commit_delay` and `commit_siblings` do the same.
+larger, and takes the interpreter's lock from the loop less often: 13 % less processor time a request at 32
+at once, the pipeline alone in a harness; no change of the whole gateway's throughput was seen.  A lone
+request never waits.  PostgreSQL's `commit_delay` and `commit_siblings` do the same.
 """
 BATCH_ROWS: Final = 512
 """Rows a transaction at most: 2,560 bindings, far below SQLite's 32,766."""
