@@ -18,7 +18,7 @@ from granian.server.embed import Server
 from pyreqwest.client import Client, ClientBuilder
 
 from benchmarks.target import completion
-from ondol.engines.connections import Http1Client
+from ondol.net.connections import Http1Client
 
 JSON = [("content-type", "application/json")]
 EVENTS = [("content-type", "text/event-stream"), ("cache-control", "no-store")]
@@ -66,7 +66,7 @@ class Relay:
 
 
 class OwnRelay:
-    """The same relay on `ondol.engines.connections`."""
+    """The same relay on `ondol.net.connections`."""
 
     def __init__(self, instant_port: int, paced_port: int) -> None:
         """One pool for each upstream; imported here, so that the other servers need nothing of ours."""

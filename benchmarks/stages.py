@@ -29,8 +29,8 @@ APART = ("engine: connection events", "ledger: commit, in its thread, a record")
 """Not called by the application: the event loop and another thread do."""
 STAGES: tuple[tuple[str, str, str], ...] = (
     (AROUND, "ondol.gateway.app", "App.__rsgi__"),
-    ("guard: head", "ondol.gateway.guard", "HeadGuard.check"),
-    ("guard: JSON depth", "ondol.gateway.guard", "json_depth_ok"),
+    ("guard: head", "ondol.wire.guard", "HeadGuard.check"),
+    ("guard: JSON depth", "ondol.wire.guard", "json_depth_ok"),
     ("authenticate", "ondol.gateway.identity", "Authenticator.principal"),
     ("parse the request", "ondol.wire.openai", "parse_request"),
     ("parse the hints", "ondol.gateway.hints", "parse_hints"),
@@ -41,7 +41,7 @@ STAGES: tuple[tuple[str, str, str], ...] = (
     ("schedule: filter, score, pick", "ondol.gateway.schedule", "schedule"),
     ("reserve", "ondol.gateway.budget", "Budgets.reserve"),
     ("engine: the coroutine that asks", "ondol.engines.upstream", "UpstreamEngine.complete"),
-    ("engine: connection events", "ondol.engines.http1", "Connection.data_received"),
+    ("engine: connection events", "ondol.net.http1", "Connection.data_received"),
     ("meter: the attempt, and what it teaches", "ondol.gateway.endpoints", "Running.end"),
     ("meter: sums", "ondol.gateway.meter", "totals"),
     ("meter: the record", "ondol.gateway.meter", "record_of"),

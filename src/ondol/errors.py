@@ -3,20 +3,23 @@
     OndolError
     ├── RequestError        the caller must change something
     │   ├── InvalidRequest · Unauthenticated · Forbidden · UnknownModel · NotFound
-    │   └── TooLarge · Unsupported · NotServed · Conflict
+    │   ├── TooLarge · Unsupported · NotServed · Conflict
+    │   └── BadSignature · Fenced · RangeRefused
     ├── Refused             we could, but will not now
     │   ├── RateLimited · BudgetExhausted · Overloaded · Draining
-    │   └── NoEndpoint · LedgerUnavailable · LedgerFull
+    │   ├── NoEndpoint · LedgerUnavailable · LedgerFull
+    │   └── LinkDown · HubRefused
     ├── EngineError         the model's side failed
     │   ├── EngineUnavailable    before the first byte: another engine may take over
     │   ├── EngineRejected       the engine says that the request itself is wrong
     │   ├── EngineFailed         after the first byte: nobody may take over
     │   └── DeadlineExceeded     the time that the caller allows is used up
     ├── StateError          durable state is not as it must be
-    │   └── LedgerBroken · DigestMismatch · SchemaTooNew · DirectoryLocked · BadModelFile
+    │   ├── LedgerBroken · DigestMismatch · SchemaTooNew · DirectoryLocked
+    │   └── BadModelFile · GenerationRefused
     └── ConfigError         a named key, the value found, what is allowed
 
-No class knows HTTP; `gateway.app` maps classes to statuses, `cli` maps them to exit codes.
+No class knows HTTP; `wire.statuses` maps classes to statuses, `cli` maps them to exit codes.
 A message says what was found, what was expected and what to do.  It never holds a prompt or a secret.
 """
 
@@ -111,6 +114,24 @@ class Conflict(RequestError):
     code = "idempotency_conflict"
 
 
+class BadSignature(RequestError):
+    """A signed statement, model or range does not prove what it says."""
+
+    code = "bad_signature"
+
+
+class Fenced(RequestError):
+    """Another machine lives with the same identity, and it was there first."""
+
+    code = "fenced"
+
+
+class RangeRefused(RequestError):
+    """A range of the ledger does not continue what the hub has: forked, or changed on its way."""
+
+    code = "range_refused"
+
+
 class Refused(OndolError):
     """We could, but will not now."""
 
@@ -158,6 +179,24 @@ class LedgerFull(Refused):
     """The ledger is at its bound, so no new billable work is taken."""
 
     code = "ledger_full"
+
+
+class LinkDown(Refused):
+    """The hub, or another site, cannot be reached now."""
+
+    code = "link_down"
+
+
+class HubRefused(Refused):
+    """The hub answered, and said no; `why` is the stable code that it gave."""
+
+    code = "hub_refused"
+    retryable = False
+
+    def __init__(self, message: str, *, why: str = "", retry_after_s: float | None = None) -> None:
+        """Keep the hub's own code beside its sentence."""
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.why = why
 
 
 class EngineError(OndolError):
@@ -228,6 +267,12 @@ class BadModelFile(StateError):
     """A model file is not what it says, or passes a bound; no native code has seen it."""
 
     code = "bad_model_file"
+
+
+class GenerationRefused(StateError):
+    """A desired state that this site does not take; the one it has stays."""
+
+    code = "generation_refused"
 
 
 class ConfigError(OndolError):

@@ -17,8 +17,8 @@ from granian.http import HTTP1Settings
 from granian.server.embed import Server
 
 from ondol.core.catalog import Limits
-from ondol.gateway.guard import BodyMeter, HeadGuard, Refusal
 from ondol.units import NS_PER_S
+from ondol.wire.guard import BodyMeter, HeadGuard, Refusal
 
 LIMITS = Limits(body_grace_s=2.0)
 GUARD = HeadGuard(["ok"], LIMITS)

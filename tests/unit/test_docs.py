@@ -24,8 +24,8 @@ from ondol.errors import ConfigError, EngineRejected, OndolError, StateError
 from ondol.gateway.hints import parse_hints
 from ondol.gateway.reply import Closing
 from ondol.gateway.scorers import WEIGHTS
-from ondol.gateway.statuses import status_of
 from ondol.wire.openai_replies import NOT_SERVED
+from ondol.wire.statuses import status_of
 
 LINK = re.compile(r"(?<!!)\[[^\]\n]+\]\(([^)\s]+)\)")
 
@@ -131,7 +131,7 @@ def test_every_error_is_in_the_table_with_its_status() -> None:
 
 
 def test_every_refusal_of_the_guard_is_in_the_table_and_no_code_is_made_up() -> None:
-    text = (ROOT / "src/ondol/gateway/guard.py").read_text(encoding="utf-8")
+    text = (ROOT / "src/ondol/wire/guard.py").read_text(encoding="utf-8")
     refusals = set(re.findall(r'Refusal\(\s*(\d+),\s*"([a-z_]+)"', text))
     table = documented_errors()
     assert [pair for pair in sorted(refusals) if pair[0] not in table.get(pair[1], ())] == []

@@ -28,6 +28,20 @@ class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     name: Name
 
 
+Pattern = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9*]([A-Za-z0-9._/*-]{0,126}[A-Za-z0-9*])?$")]
+
+
+class Selector(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which sites of a fleet: all that match some name of `names` and every label; `*` stands for anything.
+
+    Labels match a site's own labels, and `region`, `country`, `tier` and `name` as if they were labels.
+    Empty means every site.
+    """
+
+    names: tuple[Pattern, ...] = ()
+    labels: dict[str, Pattern] = {}
+
+
 class TenantDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Tenant"):
     """The unit of isolation; `default` exists without being written."""
 
@@ -50,7 +64,11 @@ class BudgetScope(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class BudgetDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Budget"):
-    """An amount a period.  A hard one refuses what it cannot pay, a soft one only says so."""
+    """An amount a period.  A hard one refuses what it cannot pay, a soft one only says so.
+
+    In a fleet the amount is for all sites together, and each holds a lease of it.  `offline` says what a site does
+    whose lease is spent while the hub is away: refuse, or answer with what runs on the site itself.
+    """
 
     scope: BudgetScope
     amount: Decimals
@@ -58,6 +76,8 @@ class BudgetDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Budg
     period: Literal["day", "week", "month"] = "month"
     timezone: str = "UTC"
     hard: bool = True
+    offline: Literal["refuse", "local"] = "refuse"
+    sites: Selector = Selector()
 
 
 class Power(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,8 +88,25 @@ class Power(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     source: str
 
 
+class Transfer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How models come to a site: bytes a second at most, between which hours of its day, from whom first.
+
+    `hours` reads `22:00-06:00` in the time zone of the site's Gateway document.  `disk_bytes` bounds the model
+    store: what no deployment wants is evicted, oldest use first.
+    """
+
+    bytes_per_s: Positive | None = None
+    hours: Annotated[str, msgspec.Meta(pattern=r"^\d\d:\d\d-\d\d:\d\d$")] | None = None
+    disk_bytes: Positive | None = None
+    sources: tuple[Literal["parent", "neighbours", "hub"], ...] = ("parent", "neighbours", "hub")
+
+
 class SiteDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Site"):
-    """A place.  `simulated` marks a stand-in: its label shows wherever the site shows."""
+    """A place.  `simulated` marks a stand-in: its label shows wherever the site shows.
+
+    `address` is where clients and other sites reach it.  `neighbours` may take over its callers when it is away,
+    where they are in the same country and `takeover` allows.
+    """
 
     tier: Tier
     region: str
@@ -80,6 +117,11 @@ class SiteDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Site")
     pue: Annotated[float, msgspec.Meta(ge=1, le=5)] = 1.0
     rtt_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     simulated: str | None = None
+    address: str | None = None
+    parent: Name | None = None
+    neighbours: tuple[Name, ...] = ()
+    takeover: bool = True
+    transfer: Transfer = Transfer()
 
 
 class ModelDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Model"):
@@ -122,9 +164,15 @@ class DeploymentDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="
     `parallel` requests run at once and `queue` more may wait; past that the endpoint is full.
     `trusted` says that an address outside this machine and its private networks does belong to the
     site named, which is otherwise refused: the address counts, not the label.
+
+    `site` is where the answer is computed; a file of one site must say it.  In a fleet, `sites` selects the sites
+    that get this deployment, and a local engine without `site` runs on each of them.  `per_site` replaces
+    fields by site name, and `${site}`, `${region}` and `${labels.NAME}` in a text stand for the site's own.
     """
 
-    site: Name
+    site: Name = ""
+    sites: Selector | None = None
+    per_site: dict[str, dict[str, str | int | float | bool]] = {}
     model: Name
     engine: EngineKind
     url: str | None = None
@@ -169,6 +217,7 @@ class RouteDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Route
     data_class: DataClass | None = None
     teams: tuple[str, ...] = ()
     capture: Capture | None = None
+    sites: Selector = Selector()
 
 
 class PriceDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Price"):
@@ -189,6 +238,44 @@ class PriceDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Price
     rate: Decimals | None = None
     source: str = ""
     date: str = ""
+
+
+class Judge(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a rollout compares the new generation with the old one, both seen at the same time.
+
+    `min_requests` on each side before there is a verdict; after `max_wait_s` without one it is inconclusive.
+    `alpha` is the significance, `min_effect` the least probability of being worse (0.5 is no difference) that matters.
+    """
+
+    min_requests: Positive = 50
+    max_wait_s: Seconds = 3600.0
+    alpha: Annotated[float, msgspec.Meta(gt=0, lt=0.5)] = 0.01
+    min_effect: Annotated[float, msgspec.Meta(gt=0.5, lt=1)] = 0.6
+    error_rate_rise: Fraction = 0.02
+    inconclusive: Literal["continue", "hold", "abort"] = "hold"
+
+
+Step = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,6}%?$")]
+
+
+class RolloutDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Rollout"):
+    """How a generation comes to the sites: step by step, each watched for `bake_s` before the next.
+
+    A step is a number of sites (`1`), or a share of them (`10%`); the last is all of them.  Without such a
+    document every site gets a generation at once.
+    """
+
+    steps: Annotated[tuple[Step, ...], msgspec.Meta(min_length=1)] = ("1", "10%", "100%")
+    bake_s: Seconds = 600.0
+    judge: Judge = Judge()
+    sites: Selector = Selector()
+
+
+class HubAddress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to reach the hub, where that is not as the token said: its address, or an HTTP proxy (CONNECT)."""
+
+    url: str | None = None
+    proxy: str | None = None
 
 
 class Tls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -240,10 +327,20 @@ class GatewayDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Gat
     currency: str = "USD"
     log_requests: bool = False
     drain_s: Seconds = 8.0
+    hub: HubAddress = HubAddress()
 
 
 AnyDocument = (
-    TenantDoc | TeamDoc | BudgetDoc | SiteDoc | ModelDoc | DeploymentDoc | RouteDoc | PriceDoc | GatewayDoc
+    TenantDoc
+    | TeamDoc
+    | BudgetDoc
+    | SiteDoc
+    | ModelDoc
+    | DeploymentDoc
+    | RouteDoc
+    | PriceDoc
+    | RolloutDoc
+    | GatewayDoc
 )
 
 

@@ -16,7 +16,8 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True):
     """One key as it is kept; the secret itself is nowhere.
 
     `kind` is `user` (asks), `admin` (administers, and asks) or `peer` (another site of ours, which may
-    say on whose behalf it asks).  Times are wall-clock nanoseconds.  `routes` empty means all.
+    say on whose behalf it asks).  Times are wall-clock nanoseconds.  `routes` empty means all.  `fleet` marks a key
+    that was made at the hub: its HMAC is under the fleet's pepper, and it cannot be revoked here.
     """
 
     id: str
@@ -31,6 +32,7 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True):
     revoked_ns: int | None = None
     requests_per_min: int | None = None
     tokens_per_min: int | None = None
+    fleet: bool = False
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Sequence
-from typing import Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from ondol.core.identity import ApiKey, Origin, Principal
 from ondol.core.inference import Capability, Chunk, Completion, DataClass, InferenceRequest
 from ondol.core.usage import UsageRecord
+
+T = TypeVar("T")
 
 
 class EngineCall(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,4 +137,93 @@ class KeyStore(Protocol):
 
     def all(self) -> Sequence[ApiKey]:
         """Every key, revoked and expired ones too, oldest first."""
+        ...
+
+
+class LedgerRange(msgspec.Struct, frozen=True, kw_only=True):
+    """Rows of a ledger as they are stored: numbers `first` and on, and the hash before the first."""
+
+    first: int
+    previous: bytes
+    rows: tuple[bytes, ...]
+    last_hash: bytes
+
+
+class Outbox(Protocol):
+    """The ledger as what is sent from: ranges go out, acknowledgements come back, nothing is taken away early."""
+
+    async def range_after(self, seq: int, *, rows: int, size: int) -> LedgerRange | None:
+        """At most `rows` committed rows after `seq`, of about `size` bytes; None where there are none.
+
+        Raises:
+            LedgerUnavailable: the file cannot be read, or rows after `seq` were pruned.
+        """
+        ...
+
+    async def acknowledged(self, seq: int, hash_: bytes) -> None:
+        """Note durably that the hub has all rows up to `seq`.  A lower number than before is a hub that went back."""
+        ...
+
+    @property
+    def last_seq(self) -> int:
+        """The number of the newest committed row; 0 where there is none."""
+        ...
+
+
+class HubLink(Protocol):
+    """The way to the hub.  Every call is bounded in time and size."""
+
+    async def call(self, name: str, body: bytes, *, timeout_s: float) -> bytes:
+        """POST `/v1/sync/<name>`: the answer's body.
+
+        Raises:
+            LinkDown: the hub was not reached, or did not answer in time.
+            HubRefused: it answered with an error.
+        """
+        ...
+
+    def watch(self, body: bytes, *, silence_s: float) -> AsyncIterator[bytes]:
+        """POST `/v1/sync/watch`: each line as it comes.
+
+        Raises (from the iterator): as `call`; LinkDown also when nothing came for `silence_s`.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Close every connection."""
+        ...
+
+
+class Tx(Protocol):
+    """One transaction of a `Database`.  SQL is the common part of SQLite and PostgreSQL, parameters are `?`."""
+
+    def run(self, sql: str, params: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        """Run one statement; its rows, if it has any."""
+        ...
+
+    def many(self, sql: str, rows: Iterable[Sequence[object]]) -> None:
+        """Run one statement for each row of parameters."""
+        ...
+
+
+class Database(Protocol):
+    """The hub's durable state.  Transactions are serialisable: as if each ran alone."""
+
+    async def write(self, work: Callable[[Tx], T]) -> T:
+        """Run `work` in one transaction; returns once that is durable.
+
+        `work` may run again where the server says that another transaction came between, so it changes nothing
+        outside.  What it raises rolls back and is raised here.
+
+        Raises:
+            StateError: the database cannot be written now; nothing of the transaction is kept.
+        """
+        ...
+
+    async def read(self, work: Callable[[Tx], T]) -> T:
+        """Run `work` on one consistent state, without writing."""
+        ...
+
+    async def close(self) -> None:
+        """Finish what runs, and close."""
         ...

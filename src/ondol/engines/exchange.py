@@ -16,8 +16,6 @@ from urllib.parse import urlsplit
 
 from ondol.core.inference import Chunk, Completion, Task
 from ondol.core.ports import Clock
-from ondol.engines.connections import Http1Client
-from ondol.engines.http1 import Connection, DeadlinePassed, HttpFailure
 from ondol.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -26,6 +24,8 @@ from ondol.errors import (
     EngineRejected,
     EngineUnavailable,
 )
+from ondol.net.connections import Http1Client
+from ondol.net.http1 import Connection, DeadlinePassed, HttpFailure
 from ondol.units import NS_PER_S
 from ondol.wire.openai_answers import BadAnswer, read_chunk, read_completion, read_error
 from ondol.wire.sse import EventTooLarge, SseDecoder

@@ -26,15 +26,15 @@ from ondol.errors import (
 )  # fmt: skip
 from ondol.gateway.admin import Admin
 from ondol.gateway.call import Ask, Chunks, Headers, Whole
-from ondol.gateway.guard import AddressGate, BodyMeter, HeadGuard, Refusal, allowed_hosts, json_depth_ok
 from ondol.gateway.idempotency import IdempotencyStore
 from ondol.gateway.once import once
 from ondol.gateway.pipeline import Pipeline
 from ondol.gateway.policy import may_use
 from ondol.gateway.reply import JSON_HEADERS
-from ondol.gateway.statuses import status_of
 from ondol.gateway.watch import Stopped, Watch
+from ondol.wire.guard import AddressGate, BodyMeter, HeadGuard, Refusal, allowed_hosts, json_depth_ok
 from ondol.wire.openai_replies import NOT_SERVED, SERVED, RouteModel, error_body, models_body
+from ondol.wire.statuses import status_of
 
 TASKS: Final = {
     "/v1/chat/completions": Task.CHAT,

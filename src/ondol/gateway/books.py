@@ -22,8 +22,8 @@ from ondol.gateway.call import Call
 from ondol.gateway.endpoints import Endpoint, Running
 from ondol.gateway.meter import Spent, Totals, attempt, nothing, record_of, totals
 from ondol.gateway.quota import Quotas
-from ondol.gateway.statuses import status_of
 from ondol.units import NS_PER_S
+from ondol.wire.statuses import status_of
 
 CLIENT_GONE: Final = 499
 """nginx's status for a request whose client hung up; nobody is sent it."""

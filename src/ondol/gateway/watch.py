@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Any, Final
 
-from ondol.gateway.guard import BodyMeter, Refusal
 from ondol.units import NS_PER_S
+from ondol.wire.guard import BodyMeter, Refusal
 
 WATCH_AFTER_S: Final = 0.02
 """Most answers are there sooner, and then a watch for a hang-up would only cost."""

@@ -6,7 +6,7 @@ import pytest
 
 from ondol import errors
 from ondol.errors import EngineRejected, OndolError
-from ondol.gateway.statuses import status_of
+from ondol.wire.statuses import status_of
 
 STATUS = {
     "OndolError": 500, "RequestError": 400, "InvalidRequest": 400, "Unauthenticated": 401,
@@ -16,7 +16,8 @@ STATUS = {
     "LedgerUnavailable": 503, "LedgerFull": 503, "EngineError": 503, "EngineUnavailable": 503,
     "EngineRejected": 400, "EngineFailed": 502, "DeadlineExceeded": 504, "StateError": 500,
     "LedgerBroken": 500, "DigestMismatch": 500, "SchemaTooNew": 500, "DirectoryLocked": 500,
-    "BadModelFile": 500, "ConfigError": 500,
+    "BadModelFile": 500, "ConfigError": 422, "BadSignature": 400, "Fenced": 409, "RangeRefused": 409,
+    "LinkDown": 503, "HubRefused": 503, "GenerationRefused": 500,
 }  # fmt: skip
 KINDS = {
     name: kind

@@ -11,7 +11,7 @@ import ssl
 from collections import deque
 from typing import Final
 
-from ondol.engines.http1 import Connection, DeadlinePassed, HttpFailure
+from ondol.net.http1 import Connection, DeadlinePassed, HttpFailure
 
 _IDLE_MAX: Final = 256
 """Idle connections kept; each costs a few KiB here and a slot at the server."""

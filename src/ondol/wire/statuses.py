@@ -6,15 +6,18 @@ from typing import Final
 
 from ondol.errors import (
     BudgetExhausted,
+    ConfigError,
     Conflict,
     DeadlineExceeded,
     EngineError,
     EngineFailed,
     EngineRejected,
+    Fenced,
     Forbidden,
     NotFound,
     NotServed,
     OndolError,
+    RangeRefused,
     RateLimited,
     Refused,
     RequestError,
@@ -25,8 +28,9 @@ from ondol.errors import (
 
 _STATUS: Final[tuple[tuple[type[OndolError], int], ...]] = (
     (TooLarge, 413), (Unauthenticated, 401), (Forbidden, 403), (UnknownModel, 404), (NotFound, 404),
-    (NotServed, 501), (Conflict, 422), (RequestError, 400), (RateLimited, 429), (BudgetExhausted, 402),
+    (NotServed, 501), (Conflict, 422), (Fenced, 409), (RangeRefused, 409), (RequestError, 400), (RateLimited, 429), (BudgetExhausted, 402),
     (Refused, 503), (DeadlineExceeded, 504), (EngineFailed, 502), (EngineError, 503),
+    (ConfigError, 422),
 )  # fmt: skip
 
 

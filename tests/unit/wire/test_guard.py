@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ondol.core.catalog import Limits
-from ondol.gateway.guard import (
+from ondol.units import NS_PER_S
+from ondol.wire.guard import (
     JSON_BRACKETS_MAX,
     AddressGate,
     BodyMeter,
@@ -17,7 +18,6 @@ from ondol.gateway.guard import (
     allowed_hosts,
     json_depth_ok,
 )
-from ondol.units import NS_PER_S
 
 GUARD = HeadGuard(
     allowed_hosts("127.0.0.1:8080", ["Store-1.example.com", "other:9000", "[fd00::1]"]),

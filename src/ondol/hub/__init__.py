@@ -1,0 +1,1 @@
+"""The control plane: what a fleet shall be, what it was, and who belongs to it."""
