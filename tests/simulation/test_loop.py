@@ -55,7 +55,7 @@ def test_what_nobody_will_ever_wake_is_a_deadlock() -> None:
 
 def test_what_takes_too_long_is_stopped() -> None:
     async def work() -> None:
-        while True:
+        while True:  # noqa: ASYNC110
             await asyncio.sleep(1)
 
     with pytest.raises(TimeUp):
