@@ -20,7 +20,7 @@ def disk(request: pytest.FixtureRequest) -> Iterator[FaultyDisk]:
 
 def _open(path: Path, disk: FaultyDisk, synchronous: str = "FULL") -> apsw.Connection:
     connection = apsw.Connection(str(path), vfs=disk.name)
-    connection.execute(f"PRAGMA journal_mode=WAL; PRAGMA synchronous={synchronous}")
+    connection.execute(f"PRAGMA journal_mode=WAL; PRAGMA synchronous={synchronous}").fetchall()
     return connection
 
 
