@@ -4,7 +4,7 @@
     ├── RequestError        the caller must change something
     │   ├── InvalidRequest · Unauthenticated · Forbidden · UnknownModel · NotFound
     │   ├── TooLarge · Unsupported · NotServed · Conflict
-    │   └── BadSignature · Fenced · RangeRefused
+    │   └── BadSignature · Fenced · HelloAgain · RangeRefused
     ├── Refused             we could, but will not now
     │   ├── RateLimited · BudgetExhausted · Overloaded · Draining
     │   ├── NoEndpoint · LedgerUnavailable · LedgerFull
@@ -16,7 +16,8 @@
     │   └── DeadlineExceeded     the time that the caller allows is used up
     ├── StateError          durable state is not as it must be
     │   ├── LedgerBroken · DigestMismatch · SchemaTooNew · DirectoryLocked
-    │   └── BadModelFile · GenerationRefused
+    │   ├── BadModelFile · GenerationRefused
+    │   └── StateUnavailable
     └── ConfigError         a named key, the value found, what is allowed
 
 No class knows HTTP; `wire.statuses` maps classes to statuses, `cli` maps them to exit codes.
@@ -126,6 +127,12 @@ class Fenced(RequestError):
     code = "fenced"
 
 
+class HelloAgain(RequestError):
+    """The hub does not know this process of the site: it shall say hello, then ask again."""
+
+    code = "hello_again"
+
+
 class RangeRefused(RequestError):
     """A range of the ledger does not continue what the hub has: forked, or changed on its way."""
 
@@ -188,15 +195,18 @@ class LinkDown(Refused):
 
 
 class HubRefused(Refused):
-    """The hub answered, and said no; `why` is the stable code that it gave."""
+    """The hub answered, and said no; `why` is the stable code that it gave, `hub_ns` its time if it said that."""
 
     code = "hub_refused"
     retryable = False
 
-    def __init__(self, message: str, *, why: str = "", retry_after_s: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, why: str = "", retry_after_s: float | None = None, hub_ns: int = 0
+    ) -> None:
         """Keep the hub's own code beside its sentence."""
         super().__init__(message, retry_after_s=retry_after_s)
         self.why = why
+        self.hub_ns = hub_ns
 
 
 class EngineError(OndolError):
@@ -237,6 +247,13 @@ class DeadlineExceeded(EngineError):
 
 class StateError(OndolError):
     """Durable state is not as it must be."""
+
+
+class StateUnavailable(StateError):
+    """Durable state cannot be read or written now (a full disk, a lock, a server that is away)."""
+
+    code = "state_unavailable"
+    retryable = True
 
 
 class LedgerBroken(StateError):

@@ -92,13 +92,15 @@ class Transfer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How models come to a site: bytes a second at most, between which hours of its day, from whom first.
 
     `hours` reads `22:00-06:00` in the time zone of the site's Gateway document.  `disk_bytes` bounds the model
-    store: what no deployment wants is evicted, oldest use first.
+    store: what no deployment wants is evicted, oldest use first.  `places` are asked before all `sources`: folders
+    (absolute paths) or https addresses of an object store, filled by `ondol models publish --to`.
     """
 
     bytes_per_s: Positive | None = None
     hours: Annotated[str, msgspec.Meta(pattern=r"^\d\d:\d\d-\d\d:\d\d$")] | None = None
     disk_bytes: Positive | None = None
     sources: tuple[Literal["parent", "neighbours", "hub"], ...] = ("parent", "neighbours", "hub")
+    places: tuple[str, ...] = ()
 
 
 class SiteDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Site"):
@@ -286,7 +288,10 @@ class Tls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Bounds on what enters."""
+    """Bounds on what enters and what is kept.
+
+    `ledger_keep_days`: how long rows stay after the hub has them; longer than the time between its backups.
+    """
 
     body_bytes: Positive = 20 * 1024 * 1024
     header_bytes: Positive = 32 * 1024
@@ -302,6 +307,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     cache_bytes: Annotated[int, msgspec.Meta(ge=0)] = 256 * 1024 * 1024
     idempotency_bytes: Annotated[int, msgspec.Meta(ge=0)] = 64 * 1024 * 1024
     ledger_bytes: Positive = 16 * 1024**3
+    ledger_keep_days: Positive = 14
 
 
 class Cors(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

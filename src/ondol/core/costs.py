@@ -53,8 +53,8 @@ class CostRow(msgspec.Struct, frozen=True, kw_only=True):
     for_peers: int = 0
 
 
-class _Sum:
-    """The sums of one row while they grow."""
+class Sums:
+    """The sums of one row while they grow.  What is added to them, in Python integers, is never rounded."""
 
     __slots__ = (
         "cache_hits", "carbon_ng", "cost", "energy_uj", "for_peers", "input_tokens",
@@ -69,6 +69,7 @@ class _Sum:
         self.carbon_ng: int | None = None
 
     def add_request(self, record: UsageRecord) -> None:
+        """Count a record as a request with its tokens, or as one that was answered for a peer."""
         if record.origin is not None:
             self.for_peers += 1
             return
@@ -78,16 +79,41 @@ class _Sum:
         self.cache_hits += record.cache in _HITS
 
     def add_booked(self, record: UsageRecord) -> None:
+        """Add the money, energy and carbon that the record's site booked."""
         self.cost += record.cost
         self.unpriced += record.unpriced
-        energy_uj, carbon_ng, unmeasured = _own_energy(record)
+        energy_uj, carbon_ng, unmeasured = own_energy(record)
         self.unmeasured += unmeasured
         if energy_uj is not None:
             self.energy_uj = energy_uj + (self.energy_uj or 0)
         if carbon_ng is not None:
             self.carbon_ng = carbon_ng + (self.carbon_ng or 0)
 
+    def merge(self, other: Sums) -> None:
+        """Add other sums to these."""
+        self.merge_requests(other)
+        self.merge_booked(other)
+
+    def merge_requests(self, other: Sums) -> None:
+        """Add what `add_request` had counted in the other."""
+        self.requests += other.requests
+        self.for_peers += other.for_peers
+        self.cache_hits += other.cache_hits
+        self.input_tokens += other.input_tokens
+        self.output_tokens += other.output_tokens
+
+    def merge_booked(self, other: Sums) -> None:
+        """Add what `add_booked` had added to the other."""
+        self.cost += other.cost
+        self.unpriced += other.unpriced
+        self.unmeasured += other.unmeasured
+        if other.energy_uj is not None:
+            self.energy_uj = other.energy_uj + (self.energy_uj or 0)
+        if other.carbon_ng is not None:
+            self.carbon_ng = other.carbon_ng + (self.carbon_ng or 0)
+
     def row(self, key: str, currency: str) -> CostRow:
+        """The line that is shown."""
         return CostRow(
             key=key,
             requests=self.requests,
@@ -118,14 +144,14 @@ def fold(records: Iterable[UsageRecord], *, by: str, zone: tzinfo = UTC) -> list
     """
     if by not in GROUPINGS and not (by.startswith("tag:") and len(by) > len("tag:")):
         raise ValueError(f"found {by!r}; rows can be made by {', '.join(GROUPINGS)} or tag:NAME.")
-    sums: dict[tuple[str, str], _Sum] = {}
+    sums: dict[tuple[str, str], Sums] = {}
     for record in records:
         booked = _keys(record, by, zone)
         answered = [record.answered_by or record.site] if by == "site" and record.origin is None else booked
         for key in answered:
-            sums.setdefault((key, record.currency), _Sum()).add_request(record)
+            sums.setdefault((key, record.currency), Sums()).add_request(record)
         for key in booked:
-            sums.setdefault((key, record.currency), _Sum()).add_booked(record)
+            sums.setdefault((key, record.currency), Sums()).add_booked(record)
     return [sums[place].row(*place) for place in sorted(sums)]
 
 
@@ -141,7 +167,7 @@ def _keys(record: UsageRecord, by: str, zone: tzinfo) -> list[str]:
     return [value for name, value in record.tags if name == wanted] or [NO_TAG]
 
 
-def _own_energy(record: UsageRecord) -> tuple[int | None, int | None, bool]:
+def own_energy(record: UsageRecord) -> tuple[int | None, int | None, bool]:
     """Energy and carbon that this site booked, and whether some of it is unknown."""
     if not record.attempts:
         return record.energy_uj, record.carbon_ng, False

@@ -98,13 +98,25 @@ def verify(envelope: Envelope, payload_type: str, keys: Mapping[str, bytes]) -> 
             continue
         try:
             Ed25519PublicKey.from_public_bytes(public).verify(signature, pae(payload_type, payload))
-        except InvalidSignature:
+        except (InvalidSignature, ValueError):  # ValueError: what is said to be a key is none
             continue
         return payload
     found = ", ".join(keyid[:32] for keyid, _ in signatures) or "none"
     raise BadSignature(
         f"{payload_type}: no good signature by a key that is trusted here (signed by: {found})"
     )
+
+
+def payload_of(envelope: Envelope) -> bytes:
+    """What the envelope says, whoever signed it: for what was checked before.
+
+    Raises:
+        BadSignature: its base64 is broken.
+    """
+    try:
+        return base64.b64decode(envelope.payload, validate=True)
+    except ValueError as error:
+        raise BadSignature("signed statement: its base64 is broken") from error
 
 
 def to_text(envelope: Envelope) -> str:

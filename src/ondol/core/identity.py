@@ -58,7 +58,10 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hints(msgspec.Struct, frozen=True, kw_only=True):
-    """What the caller wishes, from the `x-ondol-*` request headers; None where it says nothing."""
+    """What the caller wishes, from the `x-ondol-*` request headers; None where it says nothing.
+
+    `trace` is its `traceparent` (W3C Trace Context), which goes on to sites of ours; empty where there is none.
+    """
 
     data_class: DataClass | None = None
     objective: str | None = None
@@ -66,3 +69,4 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True):
     max_cost: str | None = None
     tags: tuple[tuple[str, str], ...] = ()
     no_cache: bool = False
+    trace: str = ""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
 
+from ondol.core.desired import Desired
+from ondol.core.dsse import Envelope
 from ondol.core.identity import ApiKey, Origin, Principal
 from ondol.core.inference import Capability, Chunk, Completion, DataClass, InferenceRequest
+from ondol.core.trust import Epoch, Trust
 from ondol.core.usage import UsageRecord
 
 T = TypeVar("T")
 
 
 class EngineCall(msgspec.Struct, frozen=True, kw_only=True):
-    """One attempt at one endpoint.  `deadline_ns` is on the monotonic clock, absolute."""
+    """One attempt at one endpoint.  `deadline_ns` is monotonic, absolute; `trace` a W3C `traceparent`, or empty."""
 
     request: InferenceRequest
     request_id: str
@@ -26,6 +29,7 @@ class EngineCall(msgspec.Struct, frozen=True, kw_only=True):
     data_class: DataClass = DataClass.INTERNAL
     objective: str = ""
     origin: Origin | None = None
+    trace: str = ""
 
 
 class Engine(Protocol):
@@ -160,8 +164,24 @@ class Outbox(Protocol):
         """
         ...
 
-    async def acknowledged(self, seq: int, hash_: bytes) -> None:
-        """Note durably that the hub has all rows up to `seq`.  A lower number than before is a hub that went back."""
+    async def acknowledged(self, seq: int, hash_: bytes, *, hub_ns: int) -> None:
+        """Note durably that the hub has all rows up to `seq`, at this time of its clock.
+
+        A lower number than before is a hub that went back: it counts as well.
+
+        Raises:
+            LedgerUnavailable: it could not be written.
+            RangeRefused: row `seq` has another hash here, or there is no such row yet: a fork.
+        """
+        ...
+
+    @property
+    def acknowledged_seq(self) -> int:
+        """The number that `acknowledged` noted last; 0 before that."""
+        ...
+
+    async def grown(self, seq: int) -> None:
+        """Return once a row after `seq` is committed; for one waiter at a time."""
         ...
 
     @property
@@ -227,3 +247,154 @@ class Database(Protocol):
     async def close(self) -> None:
         """Finish what runs, and close."""
         ...
+
+
+class SiteIdentity(Protocol):
+    """Who this site is to its hub and to other sites.  Its private key signs, and is shown to nobody."""
+
+    @property
+    def site(self) -> str:
+        """The site's name in the fleet."""
+
+    @property
+    def fleet(self) -> str:
+        """The fleet that it joined."""
+
+    @property
+    def gateway(self) -> str:
+        """The id of this gateway, which names its ledger at the hub."""
+
+    @property
+    def instance(self) -> str:
+        """Random, new at every start of the process."""
+
+    @property
+    def boot(self) -> int:
+        """How often this data directory was started: counted durably before anything is said to the hub."""
+        ...
+
+    @property
+    def credential_ns(self) -> tuple[int, int]:
+        """When the present credential was issued and when it expires, in the hub's wall-clock nanoseconds."""
+
+    def trust(self) -> Trust:
+        """What this site judges others by, now: the hub's keys, and the newest list of who is out."""
+        ...
+
+    def authorization(self, audience: str, now_ns: int) -> str:
+        """The `authorization` header's value for `audience`; `now_ns` is the hub's time, as far as it is known.
+
+        Costs some 70 µs when it is made; the same value is given again while it is good for half a minute more.
+        """
+        ...
+
+    def sign(self, payload_type: str, payload: bytes) -> Envelope:
+        """The statement, signed with the site's key."""
+        ...
+
+    def csr(self) -> bytes:
+        """A request (PEM) for the site's TLS certificate; empty where it serves without one of the hub's."""
+        ...
+
+    def keep_credential(
+        self, credential: Envelope, *, hub_keys: Mapping[str, bytes], certificate: bytes = b""
+    ) -> None:
+        """Check the hub's word and use it from now on, durably.
+
+        Raises:
+            BadSignature: it is not of this fleet's hub as it is trusted now, or for another site or key.
+        """
+        ...
+
+    def take_epoch(self, epoch: Epoch) -> None:
+        """Judge others by this list from now on; it was checked, and is durable already (`SiteMemory.keep_epoch`)."""
+        ...
+
+
+EventClass = Literal["audit", "telemetry"]
+
+
+class SiteEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """An audit event or a sample of telemetry as a site keeps it; the fields are those of `wire.sync.Event`."""
+
+    time_ns: int
+    kind: str
+    fields: Mapping[str, str | int | float]
+    offset_ns: int | None = None
+    id: int = 0
+
+
+class HeldLease(msgspec.Struct, frozen=True, kw_only=True):
+    """A site's grant of a fleet's budget in one period: scaled units in total, until a time of the hub's clock.
+
+    `number` counts the site's lease calls for it.
+    """
+
+    budget: str
+    period: str
+    number: int
+    granted: int
+    until_ns: int
+
+
+class SiteMemory(Protocol):
+    """What a joined site must know after a power cut without its hub.  Writes return once they are durable.
+
+    Reads are from memory, or short.  Every write may raise StateError: nothing of it is kept.
+    """
+
+    def desired(self) -> Desired | None:
+        """The desired state that was activated last; None before the first."""
+        ...
+
+    async def keep_desired(self, desired: Desired) -> None:
+        """Keep it whole, instead of the one before."""
+        ...
+
+    def epoch(self) -> Envelope | None:
+        """The newest list of who is out, signed; None before the first."""
+        ...
+
+    async def keep_epoch(self, epoch: Envelope) -> None:
+        """Keep it instead of the one before."""
+        ...
+
+    @property
+    def hub_seen_ns(self) -> int:
+        """The latest time that the hub said, its wall clock; 0 before the first."""
+
+    async def saw_hub(self, hub_ns: int) -> None:
+        """Note that the hub said this time."""
+        ...
+
+    def leases(self) -> tuple[HeldLease, ...]:
+        """Every lease that is held."""
+        ...
+
+    async def keep_lease(self, lease: HeldLease) -> None:
+        """Keep it instead of the one of the same budget and period."""
+        ...
+
+    async def drop_leases(self, ended: Iterable[tuple[str, str]]) -> None:
+        """Forget the leases of these (budget, period)."""
+        ...
+
+    async def note(self, event_class: EventClass, event: SiteEvent) -> int:
+        """Keep an event to be sent, under a new id which is given.  Telemetry at its bound is thinned, audit never."""
+        ...
+
+    async def events_after(self, event_class: EventClass, after: int, *, rows: int) -> tuple[SiteEvent, ...]:
+        """At most `rows` events with an id above `after`, in order."""
+        ...
+
+    async def events_acknowledged(self, *, audit: int, telemetry: int) -> None:
+        """The hub has the events up to these ids.  Audit stays for some days after it: a lower id is taken too."""
+        ...
+
+    def event_marks(self) -> Mapping[EventClass, tuple[int, int]]:
+        """Of each class the id that was acknowledged, and the newest id."""
+        ...
+
+    @property
+    def thinned(self) -> int:
+        """How many samples of telemetry were dropped for want of disk since the site joined."""

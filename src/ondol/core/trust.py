@@ -58,7 +58,11 @@ class Assertion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Epoch(msgspec.Struct, frozen=True, kw_only=True):
-    """Who is out: names of sites and ids of API keys.  `stale_s`: how long after `issued_ns` it counts."""
+    """Who is out: names of sites and ids of API keys.  `stale_s`: how long after `issued_ns` it counts.
+
+    `site_keys` are the ids (`dsse.key_id`) of sites' keys that are out while a credential for them may still be
+    around: a site that was revoked and joined again is not out by its name any more, but its old machine is.
+    """
 
     fleet: str
     number: int
@@ -66,10 +70,15 @@ class Epoch(msgspec.Struct, frozen=True, kw_only=True):
     stale_s: int
     sites: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
+    site_keys: tuple[str, ...] = ()
 
     def stale(self, now_ns: int) -> bool:
         """Whether it is too old to let anybody in."""
         return now_ns > self.issued_ns + self.stale_s * NS_PER_S
+
+    def names(self, credential: Credential) -> bool:
+        """Whether the site, or the key that it shows, is out."""
+        return credential.site in self.sites or dsse.key_id(credential.key) in self.site_keys
 
 
 class Trust(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,11 +136,27 @@ def authorization(private: bytes, credential: Envelope, *, site: str, audience: 
     return f"Ondol-Site {dsse.to_text(credential)}~{dsse.to_text(proof)}"
 
 
-def authenticate_site(header: str, trust: Trust, *, audience: str, now_ns: int) -> Credential:
+def authenticate_site(
+    header: str, trust: Trust, *, audience: str, now_ns: int, expired_ok: bool = False
+) -> Credential:
     """Which site speaks, from its `authorization` header; 250 µs, so remember the answer for its time.
+
+    `expired_ok` is for the hub, which looks the key up in its own table: a site that was away for longer than its
+    credential lives must be able to come back.
 
     Raises:
         Unauthenticated: the header proves nothing; the message says which part of it.
+    """
+    return prove_site(header, trust, audience=audience, now_ns=now_ns, expired_ok=expired_ok)[0]
+
+
+def prove_site(
+    header: str, trust: Trust, *, audience: str, now_ns: int, expired_ok: bool = False
+) -> tuple[Credential, int]:
+    """`authenticate_site`, and until when this header is good, in the hub's wall-clock nanoseconds.
+
+    Raises:
+        Unauthenticated: as `authenticate_site` does.
     """
     words = header[len(SCHEME) :].strip().partition("~")
     if not header.lower().startswith(SCHEME) or not words[1]:
@@ -148,22 +173,26 @@ def authenticate_site(header: str, trust: Trust, *, audience: str, now_ns: int) 
             f"{credential.site!r} for {audience!r}"
         )
     leeway = LEEWAY_S * NS_PER_S
+    if assertion.expires_ns - assertion.issued_ns > ASSERTION_S * NS_PER_S:
+        # A key that was stolen for a moment must not have made proofs for next year.
+        raise Unauthenticated(f"the assertion is good for too long; allowed: at most {ASSERTION_S} s")
     if not assertion.issued_ns - leeway <= now_ns <= assertion.expires_ns + leeway:
         off_s = (now_ns - assertion.issued_ns) / NS_PER_S
         raise Unauthenticated(
             f"the assertion was made {off_s:+.0f} s from now; allowed: {ASSERTION_S} s. Check both clocks."
         )
-    if now_ns > credential.expires_ns + leeway:
+    if not expired_ok and now_ns > credential.expires_ns + leeway:
         raise Unauthenticated(
             f"the credential of {credential.site} has expired; the hub renews it when reached"
         )
-    if trust.epoch is not None and credential.site in trust.epoch.sites:
+    if trust.epoch is not None and trust.epoch.names(credential):
         raise Unauthenticated(f"site {credential.site} was revoked (epoch {trust.epoch.number})")
-    return credential
+    good_until_ns = assertion.expires_ns + leeway
+    return credential, good_until_ns if expired_ok else min(good_until_ns, credential.expires_ns + leeway)
 
 
 def _decode(payload: bytes, kind: type[_T]) -> _T:
     try:
         return msgspec.json.decode(payload, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadSignature(f"signed statement: not a {kind.__name__.lower()} ({error})") from error

@@ -77,7 +77,9 @@ class UsageRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
     `outcome` is completed, failed, cancelled or refused.  `time_ns` is the wall clock at arrival,
     durations are monotonic.  `user` is a pseudonym.  `cost` is the sum over attempts that this site
-    pays; `unpriced` is true where an attempt used tokens that have no price.
+    pays; `unpriced` is true where an attempt used tokens that have no price.  `clock_offset_ns` is how far
+    the site's clock was ahead of the hub's, as it was last measured; None where it never was.  `unleased` names
+    the fleet's budgets that do not count it: a local answer while the hub was away, as the team allows.
     """
 
     request_id: str
@@ -112,6 +114,8 @@ class UsageRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     tags: tuple[tuple[str, str], ...] = ()
     user: str | None = None
     origin: Origin | None = None
+    clock_offset_ns: int | None = None
+    unleased: tuple[str, ...] = ()
 
 
 _ENCODER = msgspec.json.Encoder()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from ondol.net.http1 import Connection, DeadlinePassed, HttpFailure
@@ -18,6 +19,8 @@ _IDLE_MAX: Final = 256
 _IDLE_S: Final = 55.0
 """Under nginx's 75 s and the 60 s of common load balancers; others close theirs, which is seen."""
 _LINGER_S: Final = 1.0
+Dial = Callable[[Callable[[], Connection]], Awaitable[Connection]]
+"""From a maker of unconnected connections to a connected one; raises OSError, ssl.SSLError or HttpFailure."""
 
 
 class Http1Client:
@@ -31,13 +34,15 @@ class Http1Client:
         tls: ssl.SSLContext | None,
         connect_timeout_s: float,
         read_timeout_s: float,
+        dial: Dial | None = None,
     ) -> None:
-        """Connect to nothing yet."""
+        """Connect to nothing yet.  `dial` makes connections another way than straight to host and port."""
         self._host = host
         self._port = port
         self._tls = tls
         self._connect_timeout_s = connect_timeout_s
         self._read_timeout_s = read_timeout_s
+        self._dial = self._straight if dial is None else dial
         self._idle: deque[Connection] = deque()
         self._live: set[Connection] = set()
         self._closed = False
@@ -96,6 +101,11 @@ class Http1Client:
         connection.idle_since = now
         self._idle.append(connection)
 
+    def forget_idle(self) -> None:
+        """Close what is kept: after a broken connection its neighbours are likely to be dead, too."""
+        while self._idle:
+            self._idle.pop().abort()
+
     async def close(self) -> None:
         """Close every socket, with what runs on it; returns when they are gone.  Idempotent."""
         self._closed = True
@@ -126,9 +136,7 @@ class Http1Client:
         limit = min(deadline, loop.time() + self._connect_timeout_s)
         try:
             async with asyncio.timeout_at(limit):
-                _, connection = await loop.create_connection(
-                    lambda: Connection(loop), self._host, self._port, ssl=self._tls
-                )
+                connection = await self._dial(lambda: Connection(loop))
         except TimeoutError as error:
             if loop.time() >= deadline:
                 raise DeadlinePassed from error
@@ -139,6 +147,11 @@ class Http1Client:
             raise HttpFailure(f"TLS failed: {error.reason or type(error).__name__}") from error
         except OSError as error:
             raise HttpFailure(f"no connection: {_reason(error)}") from error
+        return connection
+
+    async def _straight(self, factory: Callable[[], Connection]) -> Connection:
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(factory, self._host, self._port, ssl=self._tls)
         return connection
 
 

@@ -43,6 +43,7 @@ class Connection(asyncio.Protocol):
         self._then: Callable[[Connection], None] | None = None
         self.gone = loop.create_future()
         self.idle_since = 0.0
+        self.taken = False
         self._reset()
 
     def _reset(self) -> None:

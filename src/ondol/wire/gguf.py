@@ -43,7 +43,7 @@ class GgufHeader(msgspec.Struct, frozen=True, kw_only=True):
     """What a header says.  Absent text is None.
 
     `parameters` counts the elements of all tensors.  `parts` is more than 1 where the model is split over
-    several files, of which this is one.
+    several files, of which this is one.  `starts` is where each tensor's data begins in the file, ascending.
     """
 
     version: int
@@ -59,6 +59,7 @@ class GgufHeader(msgspec.Struct, frozen=True, kw_only=True):
     languages: tuple[str, ...]
     parts: int
     data_offset: int
+    starts: tuple[int, ...] = ()
 
     @property
     def has_tools(self) -> bool:
@@ -109,7 +110,7 @@ def read_header(read_at: ReadAt, file_size: int, *, limits: Limits = DEFAULT_LIM
         raise BadModelFile(
             f"found general.alignment {alignment}, expected a power of two up to {limits.alignment}"
         )
-    parameters, largest, ends = _read_tensors(cursor, tensors, alignment, limits)
+    parameters, largest, ends, offsets = _read_tensors(cursor, tensors, alignment, limits)
     data_offset = -(-cursor.position // alignment) * alignment
     if data_offset + ends > file_size:
         raise BadModelFile(
@@ -133,6 +134,7 @@ def read_header(read_at: ReadAt, file_size: int, *, limits: Limits = DEFAULT_LIM
         languages=languages if isinstance(languages, tuple) else (),
         parts=parts if parts is not None and parts > 0 else 1,
         data_offset=data_offset,
+        starts=tuple(data_offset + one for one in offsets),
     )
 
 
@@ -281,12 +283,15 @@ def _read_array(cursor: _Cursor, key: str, limits: Limits) -> tuple[str, ...] | 
     return None
 
 
-def _read_tensors(cursor: _Cursor, count: int, alignment: int, limits: Limits) -> tuple[int, str, int]:
-    """Elements of all tensors, the type that most bytes have, and where the last tensor ends."""
+def _read_tensors(
+    cursor: _Cursor, count: int, alignment: int, limits: Limits
+) -> tuple[int, str, int, list[int]]:
+    """Elements of all tensors, the type that most bytes have, where the last one ends, where each begins."""
     parameters = 0
     ends = 0
     bytes_by_type: dict[str, int] = {}
     names: set[str] = set()
+    offsets: list[int] = []
     for _ in range(count):
         name = cursor.text(limits.tensor_name_bytes, "a tensor's name")
         if name in names:
@@ -306,8 +311,10 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int, limits: Limits) -
         size_bytes = elements // block * block_bytes
         parameters += elements
         ends = max(ends, offset + size_bytes)
+        offsets.append(offset)
         bytes_by_type[label] = bytes_by_type.get(label, 0) + size_bytes
-    return parameters, max(bytes_by_type, key=lambda kind: (bytes_by_type[kind], kind)), ends
+    largest = max(bytes_by_type, key=lambda kind: (bytes_by_type[kind], kind))
+    return parameters, largest, ends, sorted(offsets)
 
 
 def _read_shape(cursor: _Cursor, name: str, limits: Limits) -> tuple[int, int]:

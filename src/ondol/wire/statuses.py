@@ -14,6 +14,7 @@ from ondol.errors import (
     EngineRejected,
     Fenced,
     Forbidden,
+    HelloAgain,
     NotFound,
     NotServed,
     OndolError,
@@ -21,6 +22,7 @@ from ondol.errors import (
     RateLimited,
     Refused,
     RequestError,
+    StateUnavailable,
     TooLarge,
     Unauthenticated,
     UnknownModel,
@@ -28,8 +30,9 @@ from ondol.errors import (
 
 _STATUS: Final[tuple[tuple[type[OndolError], int], ...]] = (
     (TooLarge, 413), (Unauthenticated, 401), (Forbidden, 403), (UnknownModel, 404), (NotFound, 404),
-    (NotServed, 501), (Conflict, 422), (Fenced, 409), (RangeRefused, 409), (RequestError, 400), (RateLimited, 429), (BudgetExhausted, 402),
-    (Refused, 503), (DeadlineExceeded, 504), (EngineFailed, 502), (EngineError, 503),
+    (NotServed, 501), (Conflict, 422), (Fenced, 409), (HelloAgain, 409), (RangeRefused, 409), (RequestError, 400),
+    (RateLimited, 429), (BudgetExhausted, 402),
+    (Refused, 503), (StateUnavailable, 503), (DeadlineExceeded, 504), (EngineFailed, 502), (EngineError, 503),
     (ConfigError, 422),
 )  # fmt: skip
 

@@ -42,11 +42,15 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Error(Message, frozen=True, kw_only=True):
-    """Why a call was refused: a stable code, a sentence, and when trying again may help."""
+    """Why a call was refused: a stable code, a sentence, and when trying again may help.
+
+    `hub_ns` is the hub's time: a site whose clock is far off is let in nowhere, and must learn it from this.
+    """
 
     code: str
     message: str
     retry_after_s: float | None = None
+    hub_ns: int = 0
 
 
 # ---- joining
@@ -113,10 +117,13 @@ class Hello(Message, frozen=True, kw_only=True):
     wall_ns: int
     software: str = ""
     versions: tuple[int, ...] = (VERSION,)
+    answer: str = ""
 
 
 class HelloReply(Message, frozen=True, kw_only=True):
     """`wait_s` > 0: another process of this site was heard a moment ago; ask again after that.
+
+    A `challenge` that is not empty: another process has taken over since; say hello again at once, with it.
 
     `mark` is the last number of this gateway's ledger that the hub has durably, `mark_hash` its hash.
     """
@@ -127,6 +134,7 @@ class HelloReply(Message, frozen=True, kw_only=True):
     mark: int
     mark_hash: bytes
     wait_s: float = 0.0
+    challenge: str = ""
     version: int = VERSION
 
 
@@ -138,11 +146,15 @@ class Watch(Message, frozen=True, kw_only=True):
 
 
 class Announcement(Message, frozen=True, kw_only=True):
-    """One line of a watch: the newest numbers.  A line without news is the heartbeat."""
+    """One line of a watch: the newest numbers.  A line without news is the heartbeat.
+
+    `changes` is another number whenever the site would be sent something else than before (a new key, say).
+    """
 
     generation: int
     epoch: int
     hub_ns: int
+    changes: int = 0
 
 
 # ---- down
@@ -241,7 +253,8 @@ class Figures(Message, frozen=True, kw_only=True):
     """What a rollout is judged by: one route or deployment of one site under one generation, since it began.
 
     `latency_ms` is a bounded random sample (at most 200) of times to the first token, or to the whole answer.
-    `quality` are scores in [0, 1] where something scores answers.
+    `quality` are scores in [0, 1] where something scores answers.  `latency_at` and `quality_at` say of each value to
+    which request it belongs, counted as `requests` counts: so that the hub can tell what was seen since a time.
     """
 
     generation: int
@@ -249,6 +262,8 @@ class Figures(Message, frozen=True, kw_only=True):
     errors: int
     latency_ms: tuple[float, ...] = ()
     quality: tuple[float, ...] = ()
+    latency_at: tuple[int, ...] = ()
+    quality_at: tuple[int, ...] = ()
 
 
 class Report(Message, frozen=True, kw_only=True):
@@ -281,11 +296,12 @@ class ReportReply(Message, frozen=True, kw_only=True):
 
 
 class Lease(Message, frozen=True, kw_only=True):
-    """`lease`: a site's share of a budget in one period, amounts in the budget's scaled units, as decimal text.
+    """`lease`: a site's share of a budget in one period, amounts in scaled units of `currency`, as decimal text.
 
-    `granted` is what the site holds by its own books, `spent` what of it is spent or reserved for good.  `want` is
-    how much more it needs now; "0" with `give_back` > 0 returns what is unused.  Totals, never differences: a
-    message that arrives twice changes nothing.
+    `granted` is what the site holds by its own books, with what it gives back taken off already; `spent` what of
+    it is spent, written off or reserved.  `want` is how much more it would like, `least` the smallest part that
+    helps a request which waits ("0": none does).  `give_back` says how much came off `granted` with this call.
+    Totals, never differences, and `number` only rises: a message that arrives twice, or late, changes nothing.
     """
 
     instance: str
@@ -295,13 +311,16 @@ class Lease(Message, frozen=True, kw_only=True):
     spent: str
     want: str
     give_back: str = "0"
+    granted: str = ""
+    least: str = "0"
+    currency: str = ""
 
 
 class LeaseReply(Message, frozen=True, kw_only=True):
     """The site's whole grant in this period after this call, and how many seconds it may be used from now.
 
-    `number` is that of the call it answers; the site ignores an answer to an older call.  `left` is what the
-    fleet's budget has not granted to anybody.
+    `number` is that of the call it answers, or of a later one that came before it: then the site goes on from that
+    number and ignores the rest.  `left` is what the fleet's budget has not granted to anybody.
     """
 
     budget: str
@@ -328,7 +347,7 @@ def decode(raw: bytes, kind: type[M]) -> M:
     """
     try:
         return msgspec.msgpack.decode(raw, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(
             f"sync: expected a {kind.__name__.lower()} of version {VERSION}: {error}"
         ) from error

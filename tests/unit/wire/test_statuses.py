@@ -16,8 +16,8 @@ STATUS = {
     "LedgerUnavailable": 503, "LedgerFull": 503, "EngineError": 503, "EngineUnavailable": 503,
     "EngineRejected": 400, "EngineFailed": 502, "DeadlineExceeded": 504, "StateError": 500,
     "LedgerBroken": 500, "DigestMismatch": 500, "SchemaTooNew": 500, "DirectoryLocked": 500,
-    "BadModelFile": 500, "ConfigError": 422, "BadSignature": 400, "Fenced": 409, "RangeRefused": 409,
-    "LinkDown": 503, "HubRefused": 503, "GenerationRefused": 500,
+    "BadModelFile": 500, "ConfigError": 422, "BadSignature": 400, "Fenced": 409, "HelloAgain": 409, "RangeRefused": 409,
+    "LinkDown": 503, "HubRefused": 503, "GenerationRefused": 500, "StateUnavailable": 503,
 }  # fmt: skip
 KINDS = {
     name: kind
