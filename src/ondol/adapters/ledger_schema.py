@@ -62,7 +62,15 @@ INSERT INTO span SELECT (seq - 1) / {SPAN_ROWS}, min(time_ns), max(time_ns) FROM
   GROUP BY 1 HAVING count(*) = {SPAN_ROWS};
 """  # noqa: S608  # a constant of ours
 
-MIGRATIONS: Final[tuple[str, ...]] = (_V1, _V2)
+_V3: Final = """
+CREATE TABLE mark(
+  seq INTEGER PRIMARY KEY,  -- the hub had every row up to it, at this time of its clock
+  hash BLOB NOT NULL,
+  hub_ns INTEGER NOT NULL
+) STRICT;
+"""
+
+MIGRATIONS: Final[tuple[str, ...]] = (_V1, _V2, _V3)
 """Step n leads from schema version n to n + 1.  A step that has been released is never edited."""
 
 SPAN_INSERT: Final = (

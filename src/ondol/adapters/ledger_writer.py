@@ -12,20 +12,23 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Final
 
 import apsw
 
+from ondol.adapters.ledger_outbox import Mark, load_marks, marked, prunable, write_marks
+from ondol.adapters.ledger_pruning import Pruning, take_step
 from ondol.adapters.ledger_schema import SPAN_INSERT, SPAN_ROWS
 from ondol.core.usage import link
 from ondol.errors import LedgerUnavailable
+from ondol.units import NS_PER_S
 
 _LOG = logging.getLogger("ondol.ledger")
 
-GATHER_FROM: Final = 4
+GATHER_FROM: Final = 12
 GATHER_S: Final = 0.001
 """After a batch of that many another is likely on its way: waiting a millisecond makes commits fewer and
 larger, and takes the interpreter's lock from the loop less often: 13 % less processor time a request at 32
@@ -49,9 +52,14 @@ PROBE_BYTES: Final = 65_536
 MEASURE_BYTES: Final = 262_144
 """Payload after which the size of the files is looked at again."""
 
+PRUNE_PAUSE_S: Final = 0.02
+"""Between two steps of pruning, so that commits hardly ever wait for one."""
+PRUNE_RETRY_S: Final = 60.0
+NS_PER_DAY: Final = 86_400 * NS_PER_S
+
 Lease = tuple[str, str, str]
-Entry = tuple["asyncio.Future[int]", bytes | None, "str | Lease", int]
-"""A waiter with a record (payload, request id, time), or with a lease (None, the lease, 0)."""
+Entry = tuple["asyncio.Future[int]", bytes | None, "str | Lease | Mark", int]
+"""A waiter with a record (payload, request id, time), or with a lease or a mark (None, that, 0)."""
 
 
 def insert_sql(rows: int) -> str:
@@ -77,6 +85,7 @@ class LedgerWriter:
         previous: bytes,
         max_bytes: int,
         loop: asyncio.AbstractEventLoop,
+        pruning: Pruning | None = None,
     ) -> None:
         """Take over an open, migrated and checked connection whose last row is `seq` with that hash."""
         self.queue: deque[Entry] = deque()
@@ -86,11 +95,17 @@ class LedgerWriter:
         self.stopped = False
         self.problem: str | None = None
         self.full = False
+        self.grown: Callable[[], None] | None = None
+        """Called on the loop after the next commit of records, once."""
+        self.marks = load_marks(connection)
+        self._hub_ns = self.marks[-1].hub_ns if self.marks else 0
+        self._pruning = pruning
+        self._prune_at: float | None = 0.0
         self._connection = connection
         self._cursor = connection.cursor()
         self._path = path
         self._wal = Path(f"{path}-wal")
-        self._seq = seq
+        self.seq = seq
         self._previous = previous
         self._max_bytes = max_bytes
         self._loop = loop
@@ -116,6 +131,7 @@ class LedgerWriter:
                     break
                 elif self._rested:
                     self._rest()
+                self._prune()
         except Exception as error:  # the task's top: said once, and every waiter gets an answer
             _LOG.exception("the ledger's writer stopped")
             self.problem = f"the ledger's writer stopped ({type(error).__name__}). Restart the gateway."
@@ -148,32 +164,42 @@ class LedgerWriter:
         return [queue.popleft() for _ in range(min(len(queue), BATCH_ROWS))]
 
     def _pause_s(self) -> float | None:
+        if self._prune_at is not None and self._failure is None:
+            return max(PRUNE_PAUSE_S, self._prune_at - time.monotonic())
         if self._failure is not None or self._full is not None:
             return self._back_off_s
         return IDLE_S if self._pages_written() != self._copied_at else None
 
     def _commit(self, batch: list[Entry]) -> None:
-        seq, previous, size = self._seq, self._previous, 0
+        seq, previous, size = self.seq, self._previous, 0
         rows: list[object] = []
         leases: list[Lease] = []
+        marks = self.marks
         for _, payload, subject, time_ns in batch:
             if payload is None:
-                leases.append(subject)  # type: ignore[arg-type]  # no payload: a lease, by Entry
+                if isinstance(subject, Mark):
+                    marks = self._marked(marks, subject)
+                else:
+                    leases.append(subject)  # type: ignore[arg-type]  # no payload: not a request id, by Entry
                 continue
             seq += 1
             previous = link(previous, seq, payload)
             size += len(payload)
             rows += (seq, subject, time_ns, payload, previous)
         try:
-            if leases:
-                self._write_all(rows, leases)
+            if leases or marks is not self.marks:
+                self._write_all(rows, leases, marks)
             else:
                 self._write_rows(rows)
         except (apsw.Error, OverflowError, TypeError, ValueError) as error:
             self._failed(batch, error)
             return
-        first, self._seq, self._previous = self._seq + 1, seq, previous
+        first, self.seq, self._previous = self.seq + 1, seq, previous
+        self.marks = marks
         self._call_loop(_resolve, batch, first)
+        if rows and self.grown is not None:
+            grown, self.grown = self.grown, None
+            self._call_loop(grown)
         if self._failure is not None:
             self._recovered()
         self._unmeasured += size
@@ -191,12 +217,42 @@ class LedgerWriter:
         rows.extend([None] * (5 * (capacity - count)))
         self._cursor.execute(self._insert[capacity], rows)
 
-    def _write_all(self, rows: list[object], leases: Sequence[Lease]) -> None:
+    def _write_all(self, rows: list[object], leases: Sequence[Lease], marks: tuple[Mark, ...]) -> None:
         self._cursor.execute("BEGIN IMMEDIATE")
         if rows:
             self._write_rows(rows)
         self._cursor.executemany("INSERT OR REPLACE INTO leases VALUES(?,?,?)", leases)
+        write_marks(self._cursor, self.marks, marks)
         self._cursor.execute("COMMIT")
+
+    def _marked(self, marks: tuple[Mark, ...], new: Mark) -> tuple[Mark, ...]:
+        """The marks with a new one, without those that no decision needs any more."""
+        self._hub_ns = new.hub_ns
+        later = marked(marks, new)
+        if self._pruning is None:
+            return marks if later == marks else later
+        upto = prunable(later, self._pruning.keep_ns, self._hub_ns)
+        self._prune_at = self._prune_at or time.monotonic()
+        later = tuple(one for one in later if one.seq >= upto)
+        return marks if later == marks else later
+
+    def _prune(self) -> None:
+        """One step, where one is due: between commits, and with pauses, so that none waits for long."""
+        if self._pruning is None or self._failure is not None:
+            self._prune_at = None
+        if self._pruning is None or self._prune_at is None or time.monotonic() < self._prune_at:
+            return
+        upto = prunable(self.marks, self._pruning.keep_ns, self._hub_ns)
+        try:
+            gone = take_step(self._cursor, self._pruning, upto) if upto else 0
+        except Exception as error:  # whatever it is, also the signer's: no pruning is worth the ledger
+            self._roll_back()
+            _LOG.warning("the ledger could not be pruned, tried again in a minute: %s", error)
+            self._prune_at = time.monotonic() + PRUNE_RETRY_S
+            return
+        self._prune_at = time.monotonic() + PRUNE_PAUSE_S if gone else None
+        if gone and self._full is not None:
+            self._measure()
 
     def _failed(self, batch: list[Entry], error: Exception) -> None:
         """Keep nothing of the batch.  The chain's end is unchanged, so the numbers have no hole."""
@@ -272,17 +328,34 @@ class LedgerWriter:
             used = self._path.stat().st_size
             with contextlib.suppress(FileNotFoundError):
                 used += self._wal.stat().st_size
+            used -= self._free_bytes()
         except OSError as error:  # commits would go on into a file that has no name
             self._full = f"the ledger file is gone ({error}). Put it back, or restart the gateway."
         else:
             self.full = used >= self._max_bytes
-            self._full = (
-                f"the ledger has {used} bytes and its bound is {self._max_bytes} (ledger_bytes). "
-                "Raise the bound in the site's file and restart, or move the ledger away and keep it."
-                if self.full
-                else None
-            )
+            self._full = self._why_full(used) if self.full else None
         self.problem = self._failure or self._full
+
+    def _free_bytes(self) -> int:
+        """What pruning has freed within the file: later rows go there, and the file does not grow."""
+        try:
+            free = self._cursor.execute(
+                "SELECT freelist_count * page_size FROM pragma_freelist_count, pragma_page_size"
+            ).get
+        except apsw.Error:  # a disk that cannot be read is said by what writes to it
+            return 0
+        return int(free)
+
+    def _why_full(self, used: int) -> str:
+        sentence = f"the ledger has {used} bytes and its bound is {self._max_bytes} (ledger_bytes)."
+        if self._pruning is None:
+            return f"{sentence} Raise the bound in the site's file and restart, or move the ledger away and keep it."
+        has = self.marks[-1].seq if self.marks else 0
+        return (
+            f"{sentence} Of its records up to {self.seq} the hub has those up to {has}, and they stay for "
+            f"{self._pruning.keep_ns / NS_PER_DAY:g} days more (ledger_keep_days). Raise the bound in the site's file "
+            "and restart, or let the site reach its hub."
+        )
 
     def _pages_written(self) -> int:
         return self._connection.status(apsw.SQLITE_DBSTATUS_CACHE_WRITE)[0]

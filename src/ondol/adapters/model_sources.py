@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
+import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from typing import IO, Final
 from urllib.parse import urlsplit
 
@@ -18,6 +21,8 @@ class FetchFailed(StateError):
     retryable = True
 
 
+_FETCH_TIMEOUT_S: Final = 30.0
+_BLOCK: Final = 1024 * 1024
 _KINDS: Final = (
     (b"PK\x03\x04", "a ZIP archive (PyTorch saves are; loading one can run code)"),
     (b"PK\x05\x06", "a ZIP archive"),
@@ -90,3 +95,40 @@ class CheckedRedirects(urllib.request.HTTPRedirectHandler):
         if is_loopback(after.hostname) and not is_loopback(before.hostname):
             raise FetchFailed("the server redirects to this machine, which is refused")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+@contextlib.contextmanager
+def fetching(url: str) -> Iterator[tuple[Iterator[bytes], int | None]]:
+    """The blocks of what an address serves, and its size where the server says it.
+
+    Raises (within the context too):
+        InvalidRequest: as `check_url`.
+        FetchFailed: the server did not give the file, or not all of it.
+    """
+    check_url(url)
+    host = urlsplit(url).hostname
+    # This machine is never reached through a proxy.
+    handlers = [urllib.request.ProxyHandler({})] if is_loopback(host) else []
+    opener = urllib.request.build_opener(CheckedRedirects, *handlers)
+    request = urllib.request.Request(url, headers={"User-Agent": "ondol", "Accept-Encoding": "identity"})  # noqa: S310 - checked
+    try:
+        with opener.open(request, timeout=_FETCH_TIMEOUT_S) as response:
+            length = response.headers.get("Content-Length")
+            total = int(length) if length is not None and length.isascii() and length.isdigit() else None
+            yield _fetched(response, total), total
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise FetchFailed(f"{host} answered with HTTP {error.code}") from error
+    except urllib.error.URLError as error:
+        raise FetchFailed(f"{host} cannot be reached: {error.reason}") from error
+    except (http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        raise FetchFailed(f"{host} stopped in the middle ({type(error).__name__}); try again") from error
+
+
+def _fetched(response: IO[bytes], total: int | None) -> Iterator[bytes]:
+    done = 0
+    while block := response.read(_BLOCK):
+        done += len(block)
+        yield block
+    if total is not None and done != total:
+        raise FetchFailed(f"the server sent {done} of {total} bytes; try again")

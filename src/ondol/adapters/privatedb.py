@@ -14,7 +14,9 @@ _BUSY_MS = 5000
 """How long a writer waits for another process, such as the command line beside a running gateway."""
 
 
-def open_private(path: Path, *, pragmas: Sequence[str], migrations: Sequence[str]) -> apsw.Connection:
+def open_private(
+    path: Path, *, pragmas: Sequence[str], migrations: Sequence[str], vfs: str | None = None
+) -> apsw.Connection:
     """Open or make the file with mode 0600 and bring it to the newest schema, one transaction a step.
 
     `migrations[n]` takes the schema from version n to n + 1; the version is SQLite's `user_version`.
@@ -23,11 +25,8 @@ def open_private(path: Path, *, pragmas: Sequence[str], migrations: Sequence[str
         SchemaTooNew: a newer Ondol wrote the file.  It is left as it is.
         OSError, apsw.Error: the file cannot be made, opened or written.
     """
-    # Made before SQLite sees it, so that it is never readable by others; SQLite gives its mode to the
-    # journal and the WAL.
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    path.chmod(0o600)
-    db = apsw.Connection(str(path))
+    make_private(path)
+    db = apsw.Connection(str(path), vfs=vfs)
     try:
         db.set_busy_timeout(_BUSY_MS)
         for pragma in pragmas:
@@ -37,6 +36,18 @@ def open_private(path: Path, *, pragmas: Sequence[str], migrations: Sequence[str
         db.close()
         raise
     return db
+
+
+def make_private(path: Path) -> None:
+    """Make the file with mode 0600, before SQLite sees it, so that it is never readable by others.
+
+    SQLite gives its mode to the journal and the WAL.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    path.chmod(0o600)
 
 
 def _migrate(db: apsw.Connection, path: Path, migrations: Sequence[str]) -> None:

@@ -7,7 +7,8 @@ never visits a site twice, and the peer accounts for it, once, in the name of th
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, Mapping, Sequence
+import ssl
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Final
@@ -53,10 +54,13 @@ class PeerEngine:
         capabilities: frozenset[Capability] | None = None,
         connect_timeout_s: float = 5.0,
         read_timeout_s: float = 60.0,
+        authorization: Callable[[str], str] | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """Take the peer's address up to `/v1`, its site name, ours, and the route to ask for there.
 
-        `keys` hold a key of kind `peer`, made at the peer.  Without declared `capabilities` the peer is
+        `keys` hold a key of kind `peer`, made at the peer.  Without any, a site of a fleet proves itself by
+        `authorization`, which makes the header's value for a site's name.  Without declared `capabilities` the peer is
         taken to do everything: it refuses what no engine of its can, before any work is done.
 
         Raises:
@@ -65,6 +69,7 @@ class PeerEngine:
         self._site = site
         self._own_site = own_site
         self._route = route
+        self._authorization = None if keys else authorization
         self._clock = clock
         self._capabilities = frozenset(Capability) if capabilities is None else capabilities
         self._ring = KeyRing(
@@ -80,6 +85,7 @@ class PeerEngine:
             read_timeout_s=read_timeout_s,
             clock=clock,
             receipts=True,
+            tls=tls,
         )
 
     @property
@@ -147,10 +153,14 @@ class PeerEngine:
             raise DeadlineExceeded(f"no time is left to ask {self._site}")
         key = self._ring.pick()
         headers = key.headers()
+        if self._authorization is not None:
+            headers["authorization"] = self._authorization(self._site)
         headers["x-ondol-origin"] = f"{self._own_site};{quote(call.request_id, safe='')};{call.attempt}"
         headers["x-ondol-hops"] = ",".join((*hops, self._own_site))
         headers["x-ondol-remaining-ms"] = str(remaining_ms)
         headers["x-ondol-data-class"] = call.data_class.value
+        if call.trace:
+            headers["traceparent"] = call.trace
         if call.objective:
             headers["x-ondol-objective"] = quote(call.objective, safe="")
         principal = call.principal
@@ -160,6 +170,7 @@ class PeerEngine:
         return key, headers
 
     def _judge(self, key: Key, error: UpstreamRefused) -> None:
-        # A 429 of a peer is one team's limit there, not the key's: others may still pass.
-        if error.status in {401, 403}:
+        # A 429 of a peer is one team's limit there, not the key's: others may still pass.  A 403 to a site that has
+        # proved itself is one team's or one route's, too.
+        if error.status == 401 or (error.status == 403 and self._authorization is None):
             self._ring.refuse(key, error.status)
