@@ -52,8 +52,13 @@ class Admin:
     def __init__(
         self, *, pipeline: Pipeline, books: Books, keys: KeyStore, issue: Issue, clock: Clock,
         reload: Callable[[], Awaitable[str]], captures: Captures, last_used: Callable[[], dict[str, int]],
+        fleet: Callable[[], Any],
     ) -> None:  # fmt: skip
-        """Bind the parts; `issue` makes and stores a key, `reload` reads the configuration again."""
+        """Bind the parts; `issue` makes and stores a key, `reload` reads the configuration again.
+
+        `fleet` says how the site stands with its hub, None where it has not joined one.
+        """
+        self._fleet = fleet
         self._pipeline = pipeline
         self._books = books
         self._keys = keys
@@ -165,6 +170,7 @@ class Admin:
             "simulated": site.simulated, "catalog": view.catalog.digest, "ledger": self._books.ledger.problem() or "ok",
             "cache": self._books.cache.stats(), "endpoints": endpoints,
             "routes": {name: [e.name for e in members] for name, members in view.routes.items()},
+            "fleet": self._fleet(),
         }  # fmt: skip
 
 

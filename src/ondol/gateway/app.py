@@ -17,6 +17,7 @@ from ondol.core.inference import Task
 from ondol.core.ports import Clock
 from ondol.errors import (
     Draining,
+    Forbidden,
     InvalidRequest,
     NotFound,
     NotServed,
@@ -32,6 +33,8 @@ from ondol.gateway.pipeline import Pipeline
 from ondol.gateway.policy import may_use
 from ondol.gateway.reply import JSON_HEADERS
 from ondol.gateway.watch import Stopped, Watch
+from ondol.wire.artifacts import PREFIX as ARTIFACTS
+from ondol.wire.artifacts import ArtifactFiles, parse_path, send, serve_artifact, serve_manifest
 from ondol.wire.guard import AddressGate, BodyMeter, HeadGuard, Refusal, allowed_hosts, json_depth_ok
 from ondol.wire.openai_replies import NOT_SERVED, SERVED, RouteModel, error_body, models_body
 from ondol.wire.statuses import status_of
@@ -70,9 +73,13 @@ class App:
     def __init__(
         self, *, pipeline: Pipeline, admin: Admin, idempotency: IdempotencyStore[asyncio.Future[None]],
         clock: Clock, metrics: Callable[[], bytes], refused: Callable[[str], None], ready: Callable[[], str | None],
-        crashed: Callable[[Exception], None],
+        crashed: Callable[[Exception], None], files: ArtifactFiles | None = None,
     ) -> None:  # fmt: skip
-        """Bind the parts.  `ready` gives None, or a sentence that says what is missing."""
+        """Bind the parts.  `ready` gives None, or a sentence that says what is missing.
+
+        `files` are the models that other sites of the fleet may fetch here.
+        """
+        self._files = files
         self._pipeline = pipeline
         self._admin = admin
         self._idempotency = idempotency
@@ -118,6 +125,8 @@ class App:
         try:
             if task is not None and scope.method == "POST":
                 await self._inference(task, scope, proto, received_ns, cors)
+            elif self._files is not None and scope.path.startswith(ARTIFACTS):
+                await self._artifact(self._files, scope, proto)
             elif scope.method == "OPTIONS" and cors:
                 proto.response_empty(204, [*cors, *self._preflight()])
             else:
@@ -206,6 +215,21 @@ class App:
         if refusal is not None:
             raise Stopped(refusal)
         return b"".join(parts)
+
+    async def _artifact(self, files: ArtifactFiles, scope: Scope, proto: Any) -> None:
+        """A model file for another site of the fleet, or for an administrator."""
+        principal = self._pipeline.principal(scope.headers.get, self._clock.wall_ns())
+        if principal.kind not in ("peer", "admin"):
+            raise Forbidden("models are for other sites of the fleet")
+        asked = parse_path(scope.path)
+        if asked is None or scope.method not in ("GET", "HEAD"):
+            raise NotFound(f"{scope.method} {scope.path[:120]}: expected GET {ARTIFACTS}sha256:…, or …/data")
+        digest, data = asked
+        if data:
+            served = await asyncio.to_thread(serve_artifact, files, digest, scope.headers.get("range"))
+        else:
+            served = await asyncio.to_thread(serve_manifest, files, digest)
+        send(served, scope.method, proto)
 
     async def _other(self, scope: Scope, proto: Any) -> Whole:
         """Everything but inference."""

@@ -21,11 +21,13 @@ from ondol.engines.encoder import EncoderEngine
 from ondol.engines.fake import FakeEngine
 from ondol.engines.llamacpp import LlamaCppEngine
 from ondol.engines.peer import PeerEngine
+from ondol.engines.pending import PendingEngine
 from ondol.engines.upstream import UpstreamEngine
 from ondol.errors import ConfigError
 from ondol.gateway.books import View
 from ondol.gateway.breaker import Breaker
 from ondol.gateway.endpoints import Endpoint, Power
+from ondol.gateway.member import Member
 from ondol.gateway.meter import Terms
 from ondol.gateway.predict import Predictor, prior
 from ondol.units import UJ_PER_J
@@ -36,8 +38,14 @@ PARALLEL_LOCAL = 2
 class Assembly:
     """Builds views, and keeps the engines of deployments that a reload did not change."""
 
-    def __init__(self, *, folder: Path, store: Path, clock: Clock, seed: int) -> None:
-        """`folder` is where relative paths of the configuration start, `store` holds models by digest."""
+    def __init__(
+        self, *, folder: Path, store: Path, clock: Clock, seed: int, member: Member | None = None
+    ) -> None:  # fmt: skip
+        """`folder` is where relative paths of the configuration start, `store` holds models by digest.
+
+        A member of a fleet waits for models that are not here yet, and proves itself to other sites.
+        """
+        self._member = member
         self._folder = folder
         self._store = store
         self._clock = clock
@@ -58,7 +66,8 @@ class Assembly:
         for doc in catalog.deployments.values():
             old = None if before is None else before.endpoints.get(doc.name)
             terms = self._terms(catalog, doc)
-            if old is not None and before is not None and _same(before.catalog, catalog, doc):
+            same = old is not None and before is not None and _same(before.catalog, catalog, doc)
+            if old is not None and same and not self._has_come(old.engine, catalog.models[doc.model]):
                 kept.add(id(old.engine))
                 endpoints[doc.name] = (
                     old if old.terms == terms else self._endpoint(catalog, terms, old.engine, old.breaker)
@@ -112,9 +121,21 @@ class Assembly:
             grid=catalog.grids.get(site.grid_zone), threads=_threads(doc) if local else 1,
         )  # fmt: skip
 
+    def _has_come(self, engine: Engine, model: ModelDoc) -> bool:
+        """Whether the model that an engine waits for is here now."""
+        return isinstance(engine, PendingEngine) and self._is_here(model)
+
+    def _is_here(self, model: ModelDoc) -> bool:
+        if model.file is not None or model.digest is None:
+            return True
+        return ModelStore(self._store).find(model.digest) is not None
+
     def _engine(self, catalog: Catalog, doc: DeploymentDoc) -> Engine:
-        model = catalog.models[doc.model]
+        model, member = catalog.models[doc.model], self._member
         can = None if doc.capabilities is None else frozenset(doc.capabilities)
+        if doc.engine == "llamacpp" and member is not None and not self._is_here(model):
+            digest = model.digest or ""
+            return PendingEngine(lambda: member.models.say(digest), can or frozenset())
         match doc.engine:
             case "llamacpp":
                 # No read timeout of its own: an answer in one piece is silent until it is whole, and the
@@ -150,6 +171,8 @@ class Assembly:
                     route=doc.upstream_model or model.name, clock=self._clock, keys=doc.keys, folder=self._folder,
                     environ=os.environ, capabilities=can, connect_timeout_s=doc.connect_timeout_s,
                     read_timeout_s=doc.read_timeout_s,
+                    authorization=None if member is None else member.authorization,
+                    tls=None if member is None else member.tls,
                 )  # fmt: skip
 
     def _model_file(self, model: ModelDoc) -> Path:

@@ -55,9 +55,13 @@ class Books:
     def __init__(
         self, *, gateway: str, quotas: Quotas, budgets: Budgets, cache: ExactCache, ledger: Ledger, clock: Clock,
         observer: Observer, pseudonym: Callable[[str, str], str],
-        capture: Callable[[str, bytes, bytes, int], None],
+        capture: Callable[[str, bytes, bytes, int], None], clock_offset: Callable[[], int | None] = lambda: None,
     ) -> None:  # fmt: skip
-        """Take the parts.  `pseudonym` maps tenant and user, `capture` keeps a prompt and its answer."""
+        """Take the parts.
+
+        `pseudonym` maps tenant and user, `capture` keeps a prompt and its answer, `clock_offset` is how many
+        nanoseconds the wall clock is ahead of the hub's.
+        """
         self._gateway = gateway
         self.quotas = quotas
         self.budgets = budgets
@@ -67,6 +71,7 @@ class Books:
         self._observer = observer
         self._pseudonym = pseudonym
         self._capture = capture
+        self._clock_offset = clock_offset
         self._tasks: set[asyncio.Task[None]] = set()
 
     def record(
@@ -84,6 +89,7 @@ class Books:
             call, sums, outcome=outcome, status=status, site=view.catalog.site.name, gateway=self._gateway,
             now_ns=self._clock.now_ns(), entry=entry, error=error,
             user=None if call.request.user is None else self._pseudonym(call.principal.tenant, call.request.user),
+            clock_offset_ns=self._clock_offset(),
         )  # fmt: skip
         if call.reservation is not None:
             settled = self.budgets.settle(call.reservation, sums.shown_cost)

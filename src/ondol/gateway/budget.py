@@ -15,6 +15,10 @@ for; their totals only grow, so several callers may ask at once):
         await ledger.lease(answer.budget, answer.period, answer.total)
         budgets.leased(answer.budget, answer.period, answer.total)
 
+In a fleet the amount is for all sites together, and this one spends within its part of it (`FleetGrants`): then
+`leased <= granted` too, and `reserve` may say `NeedsGrant`, which `fleet.ask` answers.  A request that a local
+endpoint answers while the hub is away, as `offline: local` allows, is not counted.
+
 `wall_ns` is the request's arrival, as its record says it, so that the ledger and the budgets count it in the
 same period.
 
@@ -38,9 +42,13 @@ from ondol.gateway.budget_state import (
     NOTHING_RESERVED,
     BudgetStatus,
     Exhausted,
+    FleetGrants,
     Hold,
+    NeedsGrant,
     NeedsLease,
     OneBudget,
+    PeriodState,
+    Position,
     Reservation,
     Settled,
 )
@@ -51,7 +59,10 @@ __all__ = [
     "BudgetStatus",
     "Budgets",
     "Exhausted",
+    "FleetGrants",
+    "NeedsGrant",
     "NeedsLease",
+    "Position",
     "Reservation",
     "Settled",
 ]
@@ -71,13 +82,17 @@ class Budgets:
         zone: Callable[[str], tzinfo],
         spent: Mapping[tuple[str, str], int],
         leases: Mapping[tuple[str, str], int],
+        fleet: FleetGrants | None = None,
     ) -> None:
         """Start from what the ledger knows: spent and leased by (budget, period), in scaled units.
+
+        `fleet` is given where the budgets are those of a fleet; it may also come with `join`, before requests do.
 
         Raises:
             ConfigError: a budget's currency has no scale.
         """
         self._zone = zone
+        self.fleet = fleet
         self._budgets: dict[str, OneBudget] = {}
         self._by_scope: dict[tuple[str, str], list[str]] = {}
         self.reload(budgets, exchange, spent=spent, leases=leases)
@@ -106,7 +121,7 @@ class Budgets:
                 allowed = ", ".join(sorted(CURRENCY_SCALE))
                 raise ConfigError(f"Budget {name}: currency {doc.currency} is unknown; allowed: {allowed}.")
             scopes.setdefault(_scope(doc), []).append(name)
-            one = OneBudget(name, doc, self._zone(doc.timezone), ratios)
+            one = OneBudget(name, doc, self._zone(doc.timezone), ratios, self.fleet)
             known = self._budgets.get(name)
             if known is not None and known.continues_as(doc):
                 one.periods, one.now = known.periods, known.now
@@ -127,9 +142,10 @@ class Budgets:
     def covering(self, principal: Principal, tags: Iterable[tuple[str, str]]) -> tuple[str, ...]:
         """The budgets that pay for a request: of its tenant, team, key and tags.
 
-        A tag scope reads `name=value`, or `name` for any value of it.
+        A tag scope reads `name=value`, or `name` for any value of it.  A request that another site of the fleet
+        sends is paid there: nobody pays twice.
         """
-        if not self._by_scope:
+        if not self._by_scope or (self.fleet is not None and principal.origin is not None):
             return ()
         by_scope = self._by_scope
         names = (
@@ -141,39 +157,57 @@ class Budgets:
             names = names + by_scope.get(("tag", name), []) + by_scope.get(("tag", f"{name}={value}"), [])
         return tuple(dict.fromkeys(names))
 
-    def can_afford(self, names: tuple[str, ...], worst: Money | None, wall_ns: int) -> bool:
-        """Whether `reserve` would not say `Exhausted` now.  Changes nothing."""
-        return not names or self.refusal(names, worst, wall_ns) is None
+    def can_afford(
+        self,
+        names: tuple[str, ...],
+        worst: Money | None,
+        wall_ns: int,
+        *,
+        now_ns: int = 0,
+        local: bool = False,
+    ) -> bool:
+        """Whether `reserve` would not say `Exhausted` now, but for what the hub may answer.  Changes nothing."""
+        return not names or self.refusal(names, worst, wall_ns, now_ns=now_ns, local=local) is None
 
-    def refusal(self, names: tuple[str, ...], worst: Money | None, wall_ns: int) -> Exhausted | None:
+    def refusal(
+        self,
+        names: tuple[str, ...],
+        worst: Money | None,
+        wall_ns: int,
+        *,
+        now_ns: int = 0,
+        local: bool = False,
+    ) -> Exhausted | None:
         """What `reserve` would refuse with now, else None.  Changes nothing."""
-        return self._refusal(self._known(names), worst, wall_ns)
+        known = [(one, one.at(wall_ns)) for one in self._known(names)]
+        return _refusal(known, worst, now_ns, local=local, alone=False)
 
     def remaining(self, names: tuple[str, ...], wall_ns: int) -> tuple[tuple[str, Money], ...]:
         """What each hard budget among `names` has left, never below zero."""
         return tuple([(one.name, one.left(one.at(wall_ns))) for one in self._known(names) if one.hard])
 
     def reserve(
-        self, names: tuple[str, ...], worst: Money | None, wall_ns: int
-    ) -> Reservation | Exhausted | NeedsLease:
+        self, names: tuple[str, ...], worst: Money | None, wall_ns: int, *, now_ns: int = 0, local: bool = False,
+        alone: bool = False,
+    ) -> Reservation | Exhausted | NeedsLease | NeedsGrant:  # fmt: skip
         """Set `worst` aside in all of `names`, or in none.  None is an unknown price.
 
         A lease is asked for only when every budget can pay.  What is free (a worst case of zero) passes
-        also where nothing is left.
+        also where nothing is left.  `now_ns` is monotonic, `local` says that the endpoint is on this site, and
+        `alone` that the hub was asked already and has not answered.
         """
         if not names:
             return NOTHING_RESERVED
-        budgets = self._known(names)
-        refusal = self._refusal(budgets, worst, wall_ns)
+        known = [(one, one.at(wall_ns)) for one in self._known(names)]
+        refusal = _refusal(known, worst, now_ns, local=local, alone=alone)
         if refusal is not None:
             return refusal
         holds = []
-        for one in budgets:
-            state = one.at(wall_ns)
-            amount = converted(worst, one.currency, state.rates) or 0
-            if one.hard and amount > 0 and state.used + amount > state.leased:
-                return one.needs_lease(state, amount)
-            holds.append(Hold(one.name, one.currency, one.hard, state, amount, state.rates))
+        for one, state in known:
+            hold = _hold(one, state, worst, now_ns, alone=alone)
+            if not isinstance(hold, Hold):
+                return hold
+            holds.append(hold)
         for hold in holds:
             hold.state.reserved += hold.amount
         return Reservation(tuple(holds))
@@ -205,6 +239,8 @@ class Budgets:
         overruns, over, uncounted = [], [], []
         for hold in reservation.holds:
             state = hold.state
+            if not hold.counted:
+                continue
             cost = converted(actual, hold.currency, hold.rates)
             if cost is None:
                 cost = hold.amount
@@ -239,6 +275,48 @@ class Budgets:
         """Every budget in its present period, by name."""
         return [one.status(one.at(wall_ns)) for _, one in sorted(self._budgets.items())]
 
+    # ---- in a fleet
+
+    def join(self, fleet: FleetGrants) -> None:
+        """From now on the budgets are those of a fleet."""
+        self.fleet = fleet
+        for one in self._budgets.values():
+            one.fleet = fleet if one.hard else None
+
+    def positions(self, wall_ns: int) -> list[Position]:
+        """Every budget in the period that holds `wall_ns`, and in each one before of which something is known."""
+        for one in self._budgets.values():
+            one.at(wall_ns)
+        return [one.position(state) for one in self._budgets.values() for state in one.periods.values()]
+
+    def shrink(self, budget: str, period_key: str, keep: int) -> tuple[int, NeedsLease | None]:
+        """Keep no more than `keep` (scaled units) beyond what is used.
+
+        Gives the total that is kept, and the lease that must be durable before anybody is told.  Requests that
+        wait for a lease keep what they asked for.
+        """
+        one = self._budgets.get(budget)
+        state = None if one is None else one.periods.get(period_key)
+        if state is None:
+            return 0, None
+        total = state.used + keep
+        if state.leased <= total and state.asked <= total:
+            return total, None
+        if state.asked > state.leased:
+            return max(total, state.asked), None
+        state.leased = state.asked = total
+        return total, NeedsLease(budget, period_key, total)
+
+    def write_off(self, budget: str, period_key: str, total: int) -> NeedsLease | None:
+        """Count all of `total` as spent, since this site may have spent it and forgotten; the lease to write."""
+        one = self._budgets.get(budget)
+        state = None if one is None else one.periods.get(period_key)
+        if state is None or total <= state.used:
+            return None
+        state.written_off += total - state.used
+        state.leased = state.asked = max(total, state.leased, state.asked)
+        return NeedsLease(budget, period_key, state.leased)
+
     def _known(self, names: tuple[str, ...]) -> list[OneBudget]:
         # A budget that a reload removed between two stages of a request no longer counts.
         return [self._budgets[name] for name in names if name in self._budgets]
@@ -253,18 +331,40 @@ class Budgets:
         state.said_over = one.amount
         return True
 
-    @staticmethod
-    def _refusal(budgets: list[OneBudget], worst: Money | None, wall_ns: int) -> Exhausted | None:
-        for one in budgets:
-            if not one.hard:
-                continue
-            state = one.at(wall_ns)
-            amount = converted(worst, one.currency, state.rates)
-            if amount is None:
-                return one.exhausted(state, "unpriced" if worst is None else "no_rate")
-            if amount > 0 and state.used + amount > one.amount:
-                return one.exhausted(state, "spent")
-        return None
+
+def _refusal(
+    known: list[tuple[OneBudget, PeriodState]], worst: Money | None, now_ns: int, *, local: bool, alone: bool
+) -> Exhausted | None:
+    for one, state in known:
+        if not one.hard:
+            continue
+        amount = converted(worst, one.currency, state.rates)
+        if amount is None:
+            return one.exhausted(state, "unpriced" if worst is None else "no_rate")
+        lacks = one.lacks(state, amount, now_ns, alone=alone) if amount > 0 else None
+        if lacks is not None and not (lacks.why == "lease" and local and one.doc.offline == "local"):
+            return lacks
+    return None
+
+
+def _hold(
+    one: OneBudget, state: PeriodState, worst: Money | None, now_ns: int, *, alone: bool
+) -> Hold | NeedsLease | NeedsGrant:
+    """What a budget that does not refuse holds, or what it needs first."""
+    amount = converted(worst, one.currency, state.rates) or 0
+    if one.hard and amount > 0:
+        ceiling = one.ceiling(state, now_ns)
+        if state.used + amount > ceiling:
+            if one.lacks(state, amount, now_ns, alone=alone) is not None:
+                return Hold(one.name, one.currency, one.hard, state, 0, state.rates, counted=False)
+            return NeedsGrant(one.share, state.period.key, state.used + amount - ceiling)
+        if state.used + amount > state.leased:
+            return one.needs_lease(state, amount, ceiling)
+        if one.fleet is not None:
+            held = one.fleet.grant(one.share, state.period.key)
+            if held is not None and state.used + amount > held.low:
+                one.fleet.wish(one.share, state.period.key)
+    return Hold(one.name, one.currency, one.hard, state, amount, state.rates)
 
 
 def _scope(doc: BudgetDoc) -> tuple[str, str]:

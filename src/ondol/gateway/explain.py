@@ -116,6 +116,12 @@ def exhausted_sentence(spent: Exhausted) -> str:
         return f"budget '{spent.budget}' is hard, and no endpoint has a known price; add a Price document"
     if spent.why == "no_rate":
         return f"budget '{spent.budget}' has no exchange rate for the price; add one as a Price document"
+    if spent.why == "lease":
+        return (
+            f"budget '{spent.budget}' is shared by the fleet: this site has used up its part of it ({spent.left} "
+            "left), and the hub, which could give more, cannot be reached now; try again when it can, or ask for "
+            "fewer output tokens"
+        )
     renews = datetime.fromtimestamp(spent.renews_ns // NS_PER_S, UTC).strftime("%Y-%m-%dT%H:%MZ")
     return (
         f"budget '{spent.budget}' cannot pay the worst case of this request: {spent.left} left, "

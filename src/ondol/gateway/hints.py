@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from typing import Final
@@ -16,6 +17,9 @@ TAG_CHARACTERS_MAX: Final = 512
 LATENCY_MS_MAX: Final = 24 * 3600 * 1000
 AMOUNT_MAX: Final = 10**15
 AMOUNT_PLACES_MAX: Final = 30
+
+TRACE: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+"""A `traceparent` of W3C Trace Context, level 1."""
 
 NO_HINTS: Final = Hints()
 
@@ -37,7 +41,8 @@ def parse_hints(header: Callable[[str], str | None]) -> Hints:
     tags = header("x-ondol-tags")
     control = header("cache-control")
     no_cache = control is not None and ("no-cache" in control or "no-store" in control)
-    if not no_cache and data_class is objective is latency is cost is tags is None:
+    trace = _trace(header("traceparent"))
+    if not no_cache and not trace and data_class is objective is latency is cost is tags is None:
         return NO_HINTS
     return Hints(
         data_class=None
@@ -48,7 +53,13 @@ def parse_hints(header: Callable[[str], str | None]) -> Hints:
         max_cost=None if cost is None else _amount(cost),
         tags=() if tags is None else _tags(tags),
         no_cache=no_cache,
+        trace=trace,
     )
+
+
+def _trace(found: str | None) -> str:
+    """One that is malformed counts as none (W3C Trace Context, level 1, section 3.2)."""
+    return found if found is not None and TRACE.fullmatch(found) else ""
 
 
 def _one_of(name: str, value: str, allowed: type[DataClass] | type[Objective]) -> str:

@@ -196,7 +196,7 @@ def _single(one: Attempt, currency: str) -> Totals:
 def record_of(
     call: Call, sums: Totals, *, outcome: str, status: int, site: str, gateway: str, now_ns: int,
     entry: Entry | None = None, error: OndolError | None = None, last: Attempt | None = None,
-    user: str | None = None,
+    user: str | None = None, clock_offset_ns: int | None = None,
 ) -> UsageRecord:  # fmt: skip
     """The record of a request.  A hit of the cache has the tokens that it gave, at no cost."""
     request, principal = call.request, call.principal
@@ -238,4 +238,6 @@ def record_of(
         tags=call.tags,
         user=user,
         origin=principal.origin,
+        clock_offset_ns=clock_offset_ns,
+        unleased=() if call.reservation is None else call.reservation.unleased,
     )

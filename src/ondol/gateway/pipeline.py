@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Callable
 
 from ondol.core.identity import Principal
 from ondol.core.inference import Chunk
-from ondol.core.money import Money, money
 from ondol.core.ports import Clock, EngineCall, KeyStore
 from ondol.core.usage import Decision
 from ondol.errors import (
@@ -30,19 +29,18 @@ from ondol.errors import (
 )  # fmt: skip
 from ondol.gateway.books import Books, View
 from ondol.gateway.breaker import RetryBudget
-from ondol.gateway.budget import Exhausted, NeedsLease
 from ondol.gateway.cache import Entry, cache_key, cacheable
 from ondol.gateway.call import Ask, Call, Chunks, Whole
 from ondol.gateway.classify import classify
 from ondol.gateway.endpoints import Endpoint, Running, deadline
-from ondol.gateway.explain import exhausted_sentence
 from ondol.gateway.hints import parse_hints
-from ondol.gateway.identity import Authenticator, on_behalf
+from ondol.gateway.identity import Authenticator, FleetTrust, on_behalf
 from ondol.gateway.meter import Spent
 from ondol.gateway.policy import admit, find_route
 from ondol.gateway.quota import rate_headers
 from ondol.gateway.relay import Ending, Heard, Relay
 from ondol.gateway.reply import JSON_HEADERS, SSE_HEADERS, closing, place_headers, took_headers, with_closing
+from ondol.gateway.reserve import Purse
 from ondol.gateway.schedule import Candidate, Wish, fell_back, schedule
 from ondol.wire.openai import parse_request
 from ondol.wire.sse import DONE, encode
@@ -60,19 +58,24 @@ class Pipeline:
         pepper: bytes,
         clock: Clock,
         new_id: Callable[[], str],
+        fleet: Callable[[], FleetTrust | None] = lambda: None,
     ) -> None:
-        """Take the parts; the composition root made them."""
+        """Take the parts; the composition root made them.  `fleet` gives what a joined site lets others in by."""
         self.view = view
         self._books = books
         self._keys = keys
         self._authenticator = Authenticator(pepper)
         self._clock = clock
+        self._purse = Purse(books, clock)
         self._new_id = new_id
+        self._fleet = fleet
         self._retries = RetryBudget()
 
     def principal(self, header: Callable[[str], str | None], wall_ns: int) -> Principal:
         """Authenticate a request by its headers (the first stage, also for administration)."""
-        principal = self._authenticator.principal(header("authorization"), self._keys.snapshot(), wall_ns)
+        principal = self._authenticator.principal(
+            header("authorization"), self._keys.snapshot(), wall_ns, self._fleet()
+        )
         self._keys.touch(principal.key_id, wall_ns)
         if principal.kind != "peer":
             return principal
@@ -192,7 +195,7 @@ class Pipeline:
         try:
             choice = schedule(wish, candidates)
         except BudgetExhausted as error:
-            raise self._what_is_left(view, call) or error from error
+            raise self._purse.what_is_left(view, call) or error from error
         call.decision = choice.decision
         failed: EngineError | BudgetExhausted | None = None
         self._retries.request(now_ns)
@@ -203,7 +206,7 @@ class Pipeline:
             if failed is not None:
                 call.decision = fell_back(call.decision, name, failed)
             try:
-                await self._reserve(call, endpoint)
+                await self._purse.reserve(call, endpoint)
                 ticket = endpoint.breaker.begin(self._clock.now_ns())
                 if ticket is None:
                     raise EngineUnavailable(endpoint.breaker.state_sentence(self._clock.now_ns()))
@@ -211,7 +214,7 @@ class Pipeline:
                 return await (self._streamed if call.request.stream else self._whole)(view, call, running)
             except (EngineUnavailable, BudgetExhausted) as error:
                 failed = error
-                self._release(call)
+                self._purse.release(call)
         if isinstance(failed, BudgetExhausted) and not call.attempts:
             raise failed
         tried = "; ".join(f"{a.deployment}: {a.error}" for a in call.attempts)
@@ -223,46 +226,8 @@ class Pipeline:
     def _candidate(self, endpoint: Endpoint, call: Call, now_ns: int) -> Candidate:
         affordable = True
         if call.budgets or call.hints.max_cost is not None:
-            worst = self._worst(call, endpoint)
-            affordable = self._books.budgets.can_afford(call.budgets, worst, call.wall_ns)
-            affordable = affordable and _within(call.hints.max_cost, worst)
+            affordable = self._purse.affords(call, endpoint, now_ns)
         return endpoint.candidate(call.request, call.max_output_tokens, now_ns, affordable=affordable)
-
-    def _worst(self, call: Call, endpoint: Endpoint) -> Money | None:
-        """The most that the request can cost there; asked for by `schedule`, then by `reserve`."""
-        if endpoint.name not in call.worst:
-            call.worst[endpoint.name] = endpoint.worst(call.request, call.max_output_tokens)
-        return call.worst[endpoint.name]
-
-    def _what_is_left(self, view: View, call: Call) -> BudgetExhausted | None:
-        """The refusal of a budget, with what it has left; None where the caller's own ceiling refused."""
-        for endpoint in view.routes[call.route.name]:
-            worst = self._worst(call, endpoint)
-            refusal = self._books.budgets.refusal(call.budgets, worst, call.wall_ns)
-            if refusal is not None:
-                return BudgetExhausted(exhausted_sentence(refusal))
-        return None
-
-    async def _reserve(self, call: Call, endpoint: Endpoint) -> None:
-        """Set the worst case at this endpoint aside in every budget that covers the request."""
-        if not call.budgets:
-            return
-        worst = self._worst(call, endpoint)
-        while True:
-            answer = self._books.budgets.reserve(call.budgets, worst, call.wall_ns)
-            if isinstance(answer, NeedsLease):
-                await self._books.ledger.lease(answer.budget, answer.period, answer.total)
-                self._books.budgets.leased(answer.budget, answer.period, answer.total)
-                continue
-            if isinstance(answer, Exhausted):
-                raise BudgetExhausted(exhausted_sentence(answer))
-            call.reservation = answer
-            return
-
-    def _release(self, call: Call) -> None:
-        if call.reservation is not None:
-            self._books.budgets.release(call.reservation)
-            call.reservation = None
 
     # ---- infer
 
@@ -277,6 +242,7 @@ class Pipeline:
             data_class=call.data_class,
             objective=call.objective.value,
             origin=call.principal.origin,
+            trace=call.hints.trace,
         )
 
     async def _whole(self, view: View, call: Call, running: Running) -> Whole:
@@ -358,14 +324,6 @@ class Pipeline:
 
     def _rates(self, call: Call) -> tuple[tuple[str, str], ...]:
         return rate_headers(call.granted) if call.granted is not None else ()
-
-
-def _within(max_cost: str | None, worst: Money | None) -> bool:
-    """Whether the worst case fits the caller's ceiling; unpriced or in another currency never fits."""
-    if max_cost is None:
-        return True
-    amount, currency = max_cost.split()
-    return worst is not None and worst.currency == currency and worst <= money(amount, currency)
 
 
 _OUTCOMES = (

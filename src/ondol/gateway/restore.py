@@ -20,11 +20,12 @@ def earliest_ns(budgets: Mapping[str, BudgetDoc], zone: Callable[[str], tzinfo],
 
 def spent(
     records: Iterable[UsageRecord], budgets: Mapping[str, BudgetDoc], exchange: Exchange,
-    zone: Callable[[str], tzinfo],
+    zone: Callable[[str], tzinfo], *, fleet: bool = False,
 ) -> dict[tuple[str, str], int]:  # fmt: skip
     """Scaled units of each budget's currency by (budget, period key).
 
-    Counts what the answers cost wherever they were paid, as the budgets did when they settled.
+    Counts what the answers cost wherever they were paid, as the budgets did when they settled.  In a `fleet` what
+    another site sent is counted there.
     """
     ratios = rates(exchange)
     zones = {name: zone(doc.timezone) for name, doc in budgets.items()}
@@ -32,7 +33,7 @@ def spent(
     sums: dict[tuple[str, str], int] = {}
     for record in records:
         for name, doc in budgets.items():
-            if not _covers(doc, record):
+            if not _covers(doc, record) or name in record.unleased or (fleet and record.origin is not None):
                 continue
             span = spans.get(name)
             if span is None or not span.start_ns <= record.time_ns < span.end_ns:

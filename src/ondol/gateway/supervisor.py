@@ -6,15 +6,12 @@ Order of an end: stop accepting, drain, stop the engines, flush the ledger, clos
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
-import os
 import secrets
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
 from zoneinfo import ZoneInfo
@@ -33,50 +30,59 @@ from ondol.adapters.observe import Metrics, log_as_json
 from ondol.adapters.power import RaplMeter
 from ondol.adapters.secrets import first_admin_key, gateway_id, pseudonym, request_ids, secret_file
 from ondol.core.catalog import Catalog
-from ondol.core.energy import MeasuredPower
 from ondol.core.identity import ApiKey
-from ondol.core.ports import Engine
+from ondol.core.ports import Clock, Engine
+from ondol.engines.pending import PendingEngine
 from ondol.errors import ConfigError, OndolError
 from ondol.gateway.admin import Admin, NewKey, expires_at
 from ondol.gateway.app import App
 from ondol.gateway.assembly import Assembly
-from ondol.gateway.books import Books
+from ondol.gateway.books import Books, Observer
 from ondol.gateway.budget import Budgets
 from ondol.gateway.cache import ExactCache
 from ondol.gateway.idempotency import IdempotencyStore
+from ondol.gateway.member import Gauges, Joined, Member, WithFigures
 from ondol.gateway.pipeline import Pipeline
 from ondol.gateway.quota import Quotas
 from ondol.gateway.restore import earliest_ns, spent
+from ondol.gateway.upkeep import (
+    field_of,
+    ignore_late_callbacks,
+    in_thread,
+    measure_power,
+    settle_memory,
+    stamp,
+)
 
 LOG: Final = logging.getLogger("ondol.site")
 HEADER_READ_MS: Final = 10_000
 BACKLOG_MIN: Final = 4096
 POLL_S: Final = 1.0
 HOUSEKEEPING_S: Final = 30.0
-POWER_S: Final = 5.0
 NEED_RESTART: Final = (
     "listen", "tls", "data", "limits.connections", "limits.cache_bytes", "limits.idempotency_bytes",
     "limits.ledger_bytes",
 )  # fmt: skip
 """Fields of the Gateway document that are read once, when a site starts."""
-ENGINE_READY_S: Final = 60.0
-ENGINE_POLL_S: Final = 0.02
-Load = Callable[[], Catalog]
+ENGINE_READY_S, ENGINE_POLL_S = 60.0, 0.02
+Load = Callable[[Joined | None], Catalog]
 
 
-def run_site(*, load: Load, path: Path) -> int:
+def run_site(*, load: Load, path: Path, data: Path) -> int:
     """Run one site until SIGTERM or Ctrl-C; the exit code (0 stopped, 1 could not start or serve).
 
-    `load` reads and checks the configuration at `path`; it is called again on SIGHUP and when the file
-    changes.
+    `load` reads and checks the configuration at `path`, with the documents of the fleet where the site has joined
+    one; it is called again on SIGHUP, when the file changes, and when the hub says something new.
     """
     log_as_json()
     try:
-        catalog = load()
-        data = path.parent / catalog.gateway.data
         with lock_directory(data):
+            clock = SystemClock()
+            member = Member.open(data, clock)
+            catalog = load(None if member is None else member.joined())
             must_be_free(catalog.gateway.listen)
-            return uvloop.run(_Site(load, path, catalog, data).run())
+            site = _Site(load=load, path=path, catalog=catalog, data=data, clock=clock, member=member)
+            return uvloop.run(site.run())
     except OndolError as error:
         print(f"ondol: {error.message}", file=sys.stderr)
         return 1
@@ -85,15 +91,19 @@ def run_site(*, load: Load, path: Path) -> int:
 class _Site:
     """One running site.  Owns every adapter and every background task."""
 
-    def __init__(self, load: Load, path: Path, catalog: Catalog, data: Path) -> None:
+    def __init__(
+        self, *, load: Load, path: Path, catalog: Catalog, data: Path, clock: Clock, member: Member | None
+    ) -> None:
         self._load = load
         self._path = path
         self._catalog = catalog
         self._data = data
-        self._clock = SystemClock()
+        self._clock = clock
+        self._member = member
         self._stop = asyncio.Event()
         self._changed = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
+        self._changing = asyncio.Lock()
         self._warm = False
 
     async def run(self) -> int:
@@ -108,12 +118,14 @@ class _Site:
         try:
             await asyncio.gather(*(self._start_engine(engine) for engine in self._starting))
             self._warm = True
-            _settle_memory()
+            settle_memory()
+            if self._member is not None:
+                self._member.start()
             self._spawn(self._poll())
             self._spawn(self._housekeeping())
             meter = RaplMeter.open()
             if meter is not None:
-                self._spawn(self._measure_power(meter))
+                self._spawn(measure_power(meter, self._assembly.power, self._clock))
             LOG.info(
                 "serving",
                 extra={"fields": {"site": self._catalog.site.name, "listen": self._catalog.gateway.listen}},
@@ -126,11 +138,12 @@ class _Site:
         return code
 
     def _open(self) -> None:
-        catalog, clock, data = self._catalog, self._clock, self._data
+        catalog, clock, data, member = self._catalog, self._clock, self._data, self._member
         self._gateway_id = gateway_id(data)
         self._ledger = SqliteLedger(
             data / "ledger.db", gateway=self._gateway_id, max_bytes=catalog.gateway.limits.ledger_bytes,
             loop=asyncio.get_running_loop(), site=catalog.site.name,
+            pruning=None if member is None else member.pruning(catalog.gateway, self._needed_ns),
         )  # fmt: skip
         self._keys = SqliteKeyStore(data / "keys.db")
         first_admin_key(self._keys, data, clock.wall_ns())
@@ -141,22 +154,25 @@ class _Site:
             store=self._path.parent / catalog.gateway.models,
             clock=clock,
             seed=secrets.randbits(64),
+            member=member,
         )
-        view, self._starting, _ = self._assembly.view(catalog)
         subject_key = secret_file(data / "subject.key")
         self._books = Books(
             gateway=self._gateway_id, quotas=Quotas(), budgets=self._budgets(catalog),
             cache=ExactCache(catalog.gateway.limits.cache_bytes), ledger=self._ledger, clock=clock,
-            observer=self._metrics, pseudonym=lambda tenant, user: pseudonym(subject_key, tenant, user),
-            capture=self._capture,
+            observer=self._observer(), pseudonym=lambda tenant, user: pseudonym(subject_key, tenant, user),
+            capture=self._capture, clock_offset=(lambda: None) if member is None else member.clock_offset,
         )  # fmt: skip
+        self._begin_member()
+        view, self._starting, _ = self._assembly.view(catalog)
         self._pipeline = Pipeline(
             view=view, books=self._books, keys=self._keys, pepper=self._keys.pepper, clock=clock,
-            new_id=request_ids(),
+            new_id=request_ids(), fleet=(lambda: None) if member is None else member.trust,
         )  # fmt: skip
         admin = Admin(
             pipeline=self._pipeline, books=self._books, keys=self._keys, issue=self._issue, clock=clock,
             reload=self.reload, captures=self._captures, last_used=self._keys.last_used,
+            fleet=(lambda: None) if member is None else member.sync.status,
         )  # fmt: skip
         self._idempotency: IdempotencyStore[asyncio.Future[None]] = IdempotencyStore(
             catalog.gateway.limits.idempotency_bytes
@@ -164,8 +180,26 @@ class _Site:
         self._app = App(
             pipeline=self._pipeline, admin=admin, idempotency=self._idempotency, clock=clock,
             metrics=self._metrics.render, refused=self._metrics.refused, ready=self._not_ready,
-            crashed=self._metrics.crashed,
+            crashed=self._metrics.crashed, files=None if member is None else member.files,
         )  # fmt: skip
+
+    def _begin_member(self) -> None:
+        """Make what a joined site runs beside answering."""
+        if self._member is None:
+            return
+        gateway = self._catalog.gateway
+        self._member.begin(
+            ledger=self._ledger, budgets=self._books.budgets, catalog=lambda: self._catalog,
+            view=lambda: self._pipeline.view, gateway=gateway, store=self._path.parent / gateway.models,
+            activate=self._activate, arrived=self._rebuild,
+        )  # fmt: skip
+
+    def _observer(self) -> Observer:
+        return self._metrics if self._member is None else WithFigures(self._metrics, self._member.seen)
+
+    def _needed_ns(self) -> int:
+        """The records from this arrival time on are needed to restore budgets."""
+        return earliest_ns(self._catalog.budgets, ZoneInfo, self._clock.wall_ns())
 
     def _budgets(self, catalog: Catalog) -> Budgets:
         used, leases = self._spent(catalog, catalog.budgets)
@@ -198,7 +232,9 @@ class _Site:
         """Start an engine and wait until it can answer, within bounds: a dead one must not stop a site."""
         await engine.start()
         deadline = time.monotonic() + ENGINE_READY_S
-        while engine.problem() is not None and time.monotonic() < deadline:
+        # One that waits for its model may wait for hours.
+        waits = isinstance(engine, PendingEngine)
+        while not waits and engine.problem() is not None and time.monotonic() < deadline:
             try:
                 async with asyncio.timeout(ENGINE_POLL_S):
                     await self._stop.wait()
@@ -220,14 +256,27 @@ class _Site:
 
     async def reload(self) -> str:
         """Read the configuration again; a bad one keeps the old and says why."""
+        return await self._activate(None if self._member is None else self._member.joined())
+
+    async def _activate(self, joined: Joined | None) -> str:
+        """Run what the file, or the file and the fleet's documents, say now; a mistake keeps the old."""
         try:
-            catalog = await asyncio.to_thread(self._load)
+            catalog = await asyncio.to_thread(self._load, joined)
         except ConfigError as error:
             LOG.error("reload_refused", extra={"fields": {"why": error.message}})
             raise
-        old = self._catalog
-        if catalog.digest == old.digest:
+        if catalog.digest == self._catalog.digest:
             return "unchanged"
+        async with self._changing:
+            return await self._switch(catalog)
+
+    async def _rebuild(self) -> None:
+        """A model came: deployments that waited for it get their engines."""
+        async with self._changing:
+            await self._switch(self._catalog)
+
+    async def _switch(self, catalog: Catalog) -> str:
+        old = self._catalog
         view, started, gone = self._assembly.view(catalog, self._pipeline.view)
         await asyncio.gather(*(self._start_engine(engine) for engine in started))
         used, leases = await asyncio.to_thread(
@@ -236,12 +285,14 @@ class _Site:
         self._books.budgets.reload(catalog.budgets, catalog.exchange, spent=used, leases=leases)
         self._pipeline.view = view
         self._catalog = catalog
+        if self._member is not None:
+            self._member.models.want(catalog)
         self._books.cache.purge(catalog.digest)
         self._metrics.log_requests = catalog.gateway.log_requests
         self._app.configure()
         for engine in gone:
             self._spawn(self._retire(engine))
-        fixed = [name for name in NEED_RESTART if _field(old, name) != _field(catalog, name)]
+        fixed = [name for name in NEED_RESTART if field_of(old, name) != field_of(catalog, name)]
         if fixed:
             LOG.warning("restart_needed", extra={"fields": {"changed": fixed}})
         LOG.info("reloaded", extra={"fields": {"catalog": catalog.digest[:12]}})
@@ -261,7 +312,7 @@ class _Site:
 
     async def _poll(self) -> None:
         """See changes of the file and of the keys, every second; SIGHUP at once."""
-        seen = _stamp(self._path)
+        seen = stamp(self._path)
         while True:
             try:
                 async with asyncio.timeout(POLL_S):
@@ -269,7 +320,7 @@ class _Site:
             except TimeoutError:
                 pass
             self._keys.refresh()
-            now = _stamp(self._path)
+            now = stamp(self._path)
             if self._changed.is_set() or now != seen:
                 self._changed.clear()
                 seen = now
@@ -288,23 +339,8 @@ class _Site:
             await asyncio.to_thread(self._captures.expire, self._clock.wall_ns())
             await asyncio.to_thread(self._keys.write_last_used)
 
-    async def _measure_power(self, meter: RaplMeter) -> None:
-        """Look at the processors' energy counters, so that energy is measured and not modelled."""
-        power, before_ns = self._assembly.power, self._clock.now_ns()
-        while True:
-            await asyncio.sleep(POWER_S)
-            now_ns = self._clock.now_ns()
-            try:
-                package_uj = meter.delta_uj()
-            except (OSError, ValueError) as error:
-                LOG.warning("power_meter_lost", extra={"fields": {"why": str(error)}})
-                power.measured = MeasuredPower()
-                return
-            power.look(package_uj=package_uj, window_ns=now_ns - before_ns, cpus=os.cpu_count() or 1)
-            before_ns = now_ns
-
     def _capture(self, request_id: str, prompt: bytes, answer: bytes, expires_ns: int) -> None:
-        self._spawn(_in_thread(self._captures.put, request_id, prompt, answer, expires_ns))
+        self._spawn(in_thread(self._captures.put, request_id, prompt, answer, expires_ns))
 
     def _issue(self, wanted: NewKey, wall_ns: int) -> tuple[ApiKey, str]:
         request = KeyRequest(
@@ -314,10 +350,10 @@ class _Site:
         )  # fmt: skip
         return self._keys.issue(request, wall_ns)
 
-    def _gauges(self) -> dict[str, list[tuple[dict[str, str], float]]]:
+    def _gauges(self) -> Gauges:
         stats = self._books.cache.stats()
         endpoints = self._pipeline.view.endpoints.values()
-        return {
+        own: Gauges = {
             "ondol_requests_running": [({}, float(self._app.running))],
             "ondol_cache_bytes": [({}, float(stats.bytes))],
             "ondol_cache_hits": [({}, float(stats.hits))],
@@ -328,6 +364,7 @@ class _Site:
             ],
             "ondol_ledger_writable": [({}, float(self._ledger.problem() is None))],
         }
+        return own if self._member is None else own | self._member.gauges()
 
     # ---- close
 
@@ -349,43 +386,15 @@ class _Site:
         await self._books.drain()
         for lease in self._books.budgets.closing_leases():
             await self._ledger.lease(lease.budget, lease.period, lease.total)
+        if self._member is not None:
+            await self._member.close()
         await self._ledger.close()
+        if self._member is not None:
+            self._member.release()
         self._keys.write_last_used()
         self._keys.close()
         self._captures.close()
         # A server that still waits for a client ends with the process; its late callbacks are no news.
-        asyncio.get_running_loop().set_exception_handler(_ignore_late_callbacks)
+        asyncio.get_running_loop().set_exception_handler(ignore_late_callbacks)
         LOG.info("stopped")
         return 1 if failed else 0
-
-
-def _settle_memory() -> None:
-    """Keep what was loaded at start out of every later garbage collection, and collect less often.
-
-    Requests leave no cycles behind, so a young collection every 700 objects finds nothing to do.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
-
-
-def _ignore_late_callbacks(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Drop what the server's threads say to futures that are already cancelled; log the rest."""
-    if not isinstance(context.get("exception"), asyncio.InvalidStateError):
-        loop.default_exception_handler(context)
-
-
-async def _in_thread(work: Callable[..., Any], *args: Any) -> None:
-    await asyncio.to_thread(work, *args)
-
-
-def _field(catalog: Catalog, name: str) -> object:
-    return attrgetter(name)(catalog.gateway)
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino

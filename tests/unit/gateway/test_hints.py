@@ -120,3 +120,23 @@ TAGS = st.dictionaries(st.text(min_size=1, max_size=8), st.text(max_size=8), max
 def test_percent_encoded_tags_come_through(tags: dict[str, str]) -> None:
     text = ",".join(f"{quote(k, safe='')}={quote(v, safe='')}" for k, v in tags.items())
     assert hints(tags=text).tags == tuple(tags.items())
+
+
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@pytest.mark.parametrize(
+    ("found", "kept"),
+    [
+        (TRACE, TRACE),
+        (TRACE.upper(), ""),
+        ("ff" + TRACE[2:], ""),
+        (TRACE.replace("0af7651916cd43dd8448eb211c80319c", "0" * 32), ""),
+        (TRACE.replace("b7ad6b7169203331", "0" * 16), ""),
+        (TRACE + "\r\nx-ondol-origin: a;b;1", ""),
+        (TRACE + "-more", ""),
+        ("", ""),
+    ],
+)
+def test_a_trace_is_passed_on_whole_or_not_at_all(found: str, kept: str) -> None:
+    assert parse_hints({"traceparent": found}.get).trace == kept

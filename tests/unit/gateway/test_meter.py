@@ -172,7 +172,7 @@ def test_the_record_of_a_request_has_all_that_was_found_out() -> None:
     one = call(attempts=[done], engine_ns=700)
     found = record_of(
         one, totals([done], "USD"), outcome="completed", status=200, site="here", gateway="g", now_ns=1_100,
-        user="pseudonym",
+        user="pseudonym", clock_offset_ns=-7,
     )  # fmt: skip
     assert (found.request_id, found.time_ns, found.tenant, found.team, found.key_id) == (
         "req-1",
@@ -187,6 +187,7 @@ def test_the_record_of_a_request_has_all_that_was_found_out() -> None:
     assert (found.data_class, found.tags, found.user) == ("public", (("a", "1"),), "pseudonym")
     assert found.origin == one.principal.origin
     assert found.attempts == (done,)
+    assert found.clock_offset_ns == -7
 
 
 def test_the_overhead_of_a_stream_is_that_before_its_first_byte() -> None:
