@@ -32,6 +32,7 @@ def _build() -> App:
 
     run = App(name="run", help="Run one part on its own.")
     run.command("ondol.cli.run:site", name="site", help="Run one site's gateway until it is stopped.")
+    run.command("ondol.cli.run:hub", name="hub", help="Run one hub until it is stopped.")
     app.command(run)
 
     keys = App(name="keys", help="API keys: make, list, revoke.")
@@ -43,8 +44,9 @@ def _build() -> App:
     models = App(name="models", help="Model files: list, add.")
     models.command("ondol.cli.models:list_models", name="list", help="List the models in the store.")
     models.command("ondol.cli.models:add", name="add", help="Check a GGUF file, store it, deploy it.")
+    models.command("ondol.cli.publish:publish", name="publish", help="Offer a model to the fleet's sites.")
+    models.command("ondol.cli.publish:withdraw", name="withdraw", help="Offer a model no longer.")
     app.command(models)
-
     ledger = App(name="ledger", help="The record of what happened and what it cost.")
     ledger.command("ondol.cli.ledger:verify", name="verify", help="Check the hash chain of every ledger.")
     app.command(ledger)
@@ -52,7 +54,42 @@ def _build() -> App:
     config = App(name="config", help="A site's file.")
     config.command("ondol.cli.check:check", name="check", help="Read and check a site's file.")
     app.command(config)
+    _fleet(app)
     return app
+
+
+def _fleet(app: App) -> None:
+    """The commands that ask a hub, or make a site part of a fleet."""
+    app.command("ondol.cli.join:join", name="join", help="Make a site part of a fleet.")
+    app.command("ondol.cli.fleet:diff", name="diff", help="What would change in the fleet.")
+    app.command("ondol.cli.fleet:apply", name="apply", help="Make files what the fleet shall be.")
+    app.command("ondol.cli.fleet:get", name="get", help="What the fleet is, and why not what is wanted.")
+    app.command("ondol.cli.fleet:rollback", name="rollback", help="Bring back an earlier generation.")
+
+    sites = App(name="sites", help="The sites of a fleet: invite, list, revoke, admit.")
+    sites.command("ondol.cli.fleet_sites:invite", name="invite", help="Print a token to join with.")
+    sites.command("ondol.cli.fleet_sites:list_sites", name="list", help="List the sites and how they are.")
+    sites.command("ondol.cli.fleet_sites:revoke", name="revoke", help="Put a site out of the fleet.")
+    sites.command("ondol.cli.fleet_sites:admit", name="admit", help="Lift the fence of a site.")
+    app.command(sites)
+
+    rollouts = App(name="rollouts", help="How generations come to the sites.")
+    rollouts.command("ondol.cli.rollouts:list_rollouts", name="list", help="List the rollouts.")
+    rollouts.command(
+        "ondol.cli.rollouts:show", name="show", help="One rollout, with every verdict and its numbers."
+    )
+    rollouts.command("ondol.cli.rollouts:pause", name="pause", help="Stop at the present step.")
+    rollouts.command("ondol.cli.rollouts:resume", name="resume", help="Go on.")
+    rollouts.command("ondol.cli.rollouts:abort", name="abort", help="Go back to the generation before.")
+    app.command(rollouts)
+
+    facts = App(name="facts", help="The derived copy of all records, for questions.")
+    facts.command("ondol.cli.facts:rebuild", name="rebuild", help="Write the Parquet files anew.")
+    facts.command("ondol.cli.facts:query", name="query", help="Ask them in SQL.")
+    app.command(facts)
+
+    app.command("ondol.cli.archive:export", name="export", help="A site's generation as one signed file.")
+    app.command("ondol.cli.archive:take_in", name="import", help="Bring such a file into a site.")
 
 
 def program() -> None:

@@ -19,9 +19,14 @@ from ondol import config as configuration
 from ondol.adapters.artifacts import ModelStore
 from ondol.adapters.clock import SystemClock
 from ondol.adapters.keystore import KeyRequest, SqliteKeyStore
+from ondol.adapters.site_identity import is_member, read_membership, write_membership
 from ondol.adapters.starter import STARTER_DIGEST, STARTER_NAME
 from ondol.cli import editing
-from ondol.cli.installation import SITES, CommandFailed, Layout, write_file
+from ondol.cli.hub_client import HubClient
+from ondol.cli.installation import HUB, SITES, CommandFailed, Layout, write_file
+from ondol.cli.joining import join
+from ondol.config.hub import load_hub
+from ondol.core.invites import parse_token
 from ondol.errors import NotFound
 
 CLOUD_ZONE: Final = "US-NW-PACW"
@@ -37,11 +42,13 @@ class Keys(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ports(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the edge, the stand-in cloud and the simulated line between them listen."""
+    """Where edge, stand-in cloud and hub listen, the simulated line to the cloud, and the edge's line to the hub."""
 
     edge: int
     cloud: int
     line: int
+    hub: int
+    hub_line: int
 
 
 def prepare(layout: Layout, ports: Ports, say: Callable[[str], None]) -> Keys:
@@ -51,7 +58,7 @@ def prepare(layout: Layout, ports: Ports, say: Callable[[str], None]) -> Keys:
         CommandFailed: there is no starter model, or a site's file cannot be edited.
         ConfigError: a site's file is wrong.
     """
-    for name in SITES:
+    for name in (*SITES, HUB):
         layout.data(name).mkdir(parents=True, exist_ok=True)
         layout.data(name).chmod(0o700)
     if not all(layout.config(name).exists() for name in SITES):
@@ -67,7 +74,50 @@ def prepare(layout: Layout, ports: Ports, say: Callable[[str], None]) -> Keys:
     for name in SITES:
         _set_ports(layout.config(name), name, ports)
         configuration.load(layout.config(name))
+    _prepare_hub(layout, ports)
     return _keys(layout)
+
+
+def _prepare_hub(layout: Layout, ports: Ports) -> None:
+    """The hub's file with its port, and the fleet's documents: ready to be applied, and nobody's but the owner's."""
+    path = layout.config(HUB)
+    if not path.exists():
+        text = Template((_DATA / "up-hub.yaml").read_text("utf-8")).substitute(HUB_PORT=ports.hub)
+        write_file(path, text.encode())
+    text = path.read_text("utf-8")
+    name = next(iter(editing.names(text, "Hub")), None)
+    if name is None:
+        raise CommandFailed(f"{path} has no Hub document; write one, or delete the file to get it anew.")
+    edited = editing.set_value(text, kind="Hub", name=name, key="listen", value=f"127.0.0.1:{ports.hub}")
+    if edited != text:
+        write_file(path, edited.encode())
+    load_hub(path)
+
+
+def enrol(layout: Layout, ports: Ports, hub: HubClient | None, say: Callable[[str], None]) -> None:
+    """Make both sites members of the hub's fleet, where they are not; and tell them where it is today.
+
+    The edge reaches it by a line of its own, which the tour cuts.  Blocks; the sites must not run.  `hub` may be
+    None where both are members.
+
+    Raises:
+        CommandFailed: the hub says no.
+    """
+    for site in SITES:
+        data = layout.data(site)
+        if hub is not None and not is_member(data):
+            doc = configuration.load(layout.config(site)).site
+            invitation = {"doc": msgspec.to_builtins(doc), "count": 1, "minutes": 15}
+            if any(one["name"] == doc.name and one["state"] != "never" for one in hub.get("sites")["data"]):
+                hub.post(f"sites/{doc.name}/revoke", {})
+            token = hub.post("invites", {"invitations": [invitation]})["data"][0]["token"]
+            join(data, parse_token(token), address=f"http://127.0.0.1:{getattr(ports, site)}")
+            say(f"enrolled {doc.name} at the hub")
+        port = ports.hub_line if site == "edge" else ports.hub
+        known = read_membership(data)
+        urls = (f"https://127.0.0.1:{port}",)
+        if known.hub_urls != urls:
+            write_membership(data, msgspec.structs.replace(known, hub_urls=urls))
 
 
 def site_file(name: str, ports: Ports, *, model: str, digest: str) -> str:

@@ -4,6 +4,8 @@ D/up.json         while `ondol up` runs: addresses, process ids, keys (mode 0600
 D/keys.json       the keys that `ondol up` made, so that the next run has the same (mode 0600)
 D/models/         the model store of this machine
 D/<site>/         site.yaml, site.log, data/ with ledger.db and keys.db
+D/hub/            hub.yaml, hub.log, data/ with hub.db, admin.key and ca.pem
+D/fleet/          the documents of the fleet, ready for `ondol apply`
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from cyclopts import Parameter
 from ondol.errors import OndolError
 
 SITES = ("edge", "cloud")
+HUB = "hub"
 
 Dir = Annotated[Path, Parameter(name="--dir", help="The installation, as `ondol up` makes it.")]
 AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON for programs.")]
@@ -47,6 +50,7 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
 
     edge: RunningSite
     cloud: RunningSite
+    hub: RunningSite
     api_key: str
     admin_key: str
 
@@ -79,16 +83,16 @@ class Layout(msgspec.Struct, frozen=True):
         return self.root / "models"
 
     def config(self, site: str) -> Path:
-        """The file of a site."""
-        return self.root / site / "site.yaml"
+        """The file of a site, or of the hub."""
+        return self.root / site / ("hub.yaml" if site == HUB else "site.yaml")
 
     def data(self, site: str) -> Path:
         """The data directory of a site."""
         return self.root / site / "data"
 
     def log(self, site: str) -> Path:
-        """The log of a site."""
-        return self.root / site / "site.log"
+        """The log of a site, or of the hub."""
+        return self.root / site / ("hub.log" if site == HUB else "site.log")
 
     def ledgers(self) -> list[tuple[str, Path]]:
         """(site, ledger file) of every ledger that exists here, edge first.

@@ -1,4 +1,4 @@
-"""`ondol keys`: make, list and revoke API keys, through a running site or straight in its key store."""
+"""`ondol keys`: make, list and revoke API keys: of a running site, straight in its key store, or of a fleet."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 from cyclopts import Parameter
 
 from ondol import config as configuration
 from ondol.adapters.keystore import KeyRequest, SqliteKeyStore
 from ondol.cli.asking import Asker
+from ondol.cli.hub_client import HubClient, HubUrl
 from ondol.cli.installation import DEFAULT_DIR, AsJson, CommandFailed, Dir, Url, target
 from ondol.cli.output import console, print_json, table
 from ondol.units import NS_PER_S
@@ -22,6 +24,14 @@ Config = Annotated[
     Parameter(
         name="--config",
         help="A site's file: work on its key store, also while no gateway runs. Makes the first admin key.",
+    ),
+]
+Fleet = Annotated[
+    bool,
+    Parameter(
+        name="--fleet",
+        negative="",
+        help="A key of the fleet, at its hub: good at every site that has a route for it.",
     ),
 ]
 _Routes = Annotated[tuple[str, ...], Parameter(name="--route", help="A route it may ask; default all.")]
@@ -38,6 +48,8 @@ def create(
     requests_per_min: int | None = None,
     tokens_per_min: int | None = None,
     config: Config = None,
+    fleet: Fleet = False,
+    hub: HubUrl = None,
     directory: Dir = DEFAULT_DIR,
     url: Url = None,
     as_json: AsJson = False,
@@ -53,15 +65,15 @@ def create(
     if expires_days is not None and expires_days <= 0:
         raise CommandFailed(f"--expires-days is {expires_days}; expected more than 0.")
     expires_s = None if expires_days is None else max(1, int(expires_days * 86_400))
-    if config is not None:
-        made = _create_in_store(
-            config,
-            KeyRequest(
-                name=name, team=team, kind=kind, routes=routes,
-                expires_ns=None if expires_s is None else time.time_ns() + expires_s * NS_PER_S,
-                requests_per_min=requests_per_min, tokens_per_min=tokens_per_min,
-            ),
-        )  # fmt: skip
+    expires_ns = None if expires_s is None else time.time_ns() + expires_s * NS_PER_S
+    wanted = KeyRequest(
+        name=name, team=team, kind=kind, routes=routes, expires_ns=expires_ns, requests_per_min=requests_per_min,
+        tokens_per_min=tokens_per_min,
+    )  # fmt: skip
+    if fleet or hub is not None:
+        made = _create_at_hub(_hub(directory, hub, config, url), wanted)
+    elif config is not None:
+        made = _create_in_store(config, wanted)
     else:
         body = {
             "name": name, "team": team, "kind": kind, "routes": list(routes), "expires_in_s": expires_s,
@@ -79,10 +91,19 @@ def create(
 
 
 def list_keys(
-    *, config: Config = None, directory: Dir = DEFAULT_DIR, url: Url = None, as_json: AsJson = False
+    *,
+    config: Config = None,
+    fleet: Fleet = False,
+    hub: HubUrl = None,
+    directory: Dir = DEFAULT_DIR,
+    url: Url = None,
+    as_json: AsJson = False,
 ) -> int:
-    """List the keys of a site, revoked and expired ones too; secrets are never shown."""
-    rows = _list_in_store(config) if config is not None else _listed(directory, url)
+    """List the keys of a site or of a fleet, revoked and expired ones too; secrets are never shown."""
+    if fleet or hub is not None:
+        rows = _hub(directory, hub, config, url).get("keys")["data"]
+    else:
+        rows = _list_in_store(config) if config is not None else _listed(directory, url)
     if as_json:
         print_json(rows)
         return 0
@@ -109,6 +130,8 @@ def revoke(
     /,
     *,
     config: Config = None,
+    fleet: Fleet = False,
+    hub: HubUrl = None,
     directory: Dir = DEFAULT_DIR,
     url: Url = None,
     as_json: AsJson = False,
@@ -118,7 +141,9 @@ def revoke(
     Args:
         key_id: The key's id, as `ondol keys list` shows it.
     """
-    if config is not None:
+    if fleet or hub is not None:
+        _hub(directory, hub, config, url).delete(f"keys/{quote(key_id, safe='')}")
+    elif config is not None:
         store = _store(config)
         try:
             found = store.revoke(key_id, time.time_ns())
@@ -133,6 +158,27 @@ def revoke(
     else:
         print(f"key {key_id} is revoked")
     return 0
+
+
+def _hub(directory: Path, hub: str | None, config: Path | None, url: str | None) -> HubClient:
+    if config is not None or url is not None:
+        raise CommandFailed(
+            "--fleet and --hub are for the fleet's keys, --config and --url for one site's: choose"
+        )
+    return HubClient.find(directory, hub)
+
+
+def _create_at_hub(hub: HubClient, wanted: KeyRequest) -> dict[str, Any]:
+    if wanted.kind != "user":
+        raise CommandFailed(
+            f"--kind is {wanted.kind!r}; keys of the fleet are of kind user, all others a site's own"
+        )
+    body = {
+        "name": wanted.name, "team": wanted.team, "routes": list(wanted.routes), "expires_ns": wanted.expires_ns,
+        "requests_per_min": wanted.requests_per_min, "tokens_per_min": wanted.tokens_per_min,
+    }  # fmt: skip
+    made: dict[str, Any] = hub.post("keys", body)
+    return made
 
 
 def state(key: dict[str, Any], now_ns: int) -> str:

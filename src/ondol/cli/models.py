@@ -22,6 +22,7 @@ from ondol import config as configuration
 from ondol.adapters.artifacts import ModelStore, StoredModel
 from ondol.cli import editing
 from ondol.cli.asking import Asker
+from ondol.cli.hub_client import HubUrl
 from ondol.cli.installation import (
     DEFAULT_DIR,
     AsJson,
@@ -32,6 +33,7 @@ from ondol.cli.installation import (
     write_file,
 )
 from ondol.cli.output import console, print_json, significant, table
+from ondol.cli.publish import offered
 from ondol.errors import ConfigError
 from ondol.wire.gguf import GgufHeader
 
@@ -52,10 +54,12 @@ class Added(msgspec.Struct, frozen=True, kw_only=True):
     state: str
 
 
-def list_models(*, directory: Dir = DEFAULT_DIR, as_json: AsJson = False) -> int:
-    """List the models in the store, and the routes of the edge that may answer with them."""
+def list_models(*, hub: HubUrl = None, directory: Dir = DEFAULT_DIR, as_json: AsJson = False) -> int:
+    """List the models in the store, those that the hub offers, and the routes of the edge that may answer with them."""
     layout = Layout(directory)
     used = _routes_by_digest(layout)
+    at_hub = offered(directory, hub)
+    names = {one["digest"]: one["name"] for one in at_hub or []}
     store = ModelStore(layout.models)
     rows: list[dict[str, Any]] = []
     for one in store.models():
@@ -65,28 +69,43 @@ def list_models(*, directory: Dir = DEFAULT_DIR, as_json: AsJson = False) -> int
                 "name": one.name, "digest": one.digest, "bytes": one.size_bytes,
                 "architecture": header.architecture, "parameters": header.parameters,
                 "quantisation": header.quantisation, "context_tokens": header.context_tokens,
-                "routes": used.get(one.digest, []),
+                "routes": used.get(one.digest, []), "here": True,
+                "hub": None if at_hub is None else names.get(one.digest),
             }
         )  # fmt: skip
+    here = {row["digest"] for row in rows}
+    rows += [
+        {
+            "name": one["name"], "digest": one["digest"], "bytes": one["size"], "format": one["format"],
+            "routes": used.get(one["digest"], []), "here": False, "hub": one["name"],
+        }
+        for one in at_hub or [] if one["digest"] not in here
+    ]  # fmt: skip
     if as_json:
         print_json(rows)
         return 0
     if not rows:
         print(f"no models in {layout.models}; add one with: ondol models add FILE.gguf")
         return 0
-    made = table(
-        [("name", False), ("size MB", True), ("parameters", True), ("kind", False), ("routes", False)]
-    )
+    _show(rows, with_hub=at_hub is not None)
+    return 0
+
+
+def _show(rows: list[dict[str, Any]], *, with_hub: bool) -> None:
+    columns = [("name", False), ("size MB", True), ("parameters", True), ("kind", False), ("routes", False)]
+    made = table([*columns, *([("here", False), ("at the hub as", False)] if with_hub else [])])
     for row in rows:
+        kind = f"{row['architecture']} {row['quantisation']}" if row["here"] else str(row["format"])
+        more = ("yes" if row["here"] else "no", row["hub"] or "–") if with_hub else ()
         made.add_row(
             str(row["name"]),
             f"{one_mb(row['bytes'])}",
-            _millions(row["parameters"]),
-            f"{row['architecture']} {row['quantisation']}",
+            _millions(row["parameters"]) if row["here"] else "–",
+            kind,
             ", ".join(str(name) for name in row["routes"]) or "–",
+            *more,
         )
     console().print(made)
-    return 0
 
 
 def add(

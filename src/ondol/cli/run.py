@@ -1,4 +1,4 @@
-"""`ondol run site`: one gateway, until it is told to stop."""
+"""`ondol run`: one site or one hub, until it is told to stop."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from typing import Annotated, Final
 from cyclopts import Parameter
 
 from ondol import config as configuration
+from ondol.config.fleet import check_fleet, gateway_of, load_joined
+from ondol.config.hub import load_hub
 from ondol.core.catalog import Catalog
+from ondol.gateway.member import Joined
 from ondol.gateway.supervisor import run_site
+from ondol.hub.serve import run_hub
 
 _GRACE_AFTER_PARENT_S: Final = 12.0
 
@@ -34,10 +38,28 @@ def site(
     if with_parent:
         threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
 
-    def load() -> Catalog:
-        return configuration.load(config, insecure=insecure)
+    def load(joined: Joined | None) -> Catalog:
+        if joined is None:
+            return configuration.load(config, insecure=insecure)
+        return load_joined(config, joined.site, joined.bodies, insecure=insecure)
 
-    return run_site(load=load, path=config)
+    return run_site(load=load, path=config, data=config.parent / gateway_of(config).data)
+
+
+def hub(
+    *,
+    config: Path,
+    with_parent: Annotated[bool, Parameter(show=False, negative="")] = False,
+) -> int:
+    """Run one hub until SIGTERM or Ctrl-C.
+
+    Args:
+        config: The hub's file.
+        with_parent: End when standard input closes, as it does however the parent ends.
+    """
+    if with_parent:
+        threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    return run_hub(load_hub(config), folder=config.parent, check=check_fleet)
 
 
 def _end_with_parent() -> None:

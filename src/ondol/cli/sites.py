@@ -1,4 +1,4 @@
-"""The sites of `ondol up` as processes: started, watched, restarted, stopped in time."""
+"""The parts of `ondol up` (hub and sites) as processes: started, watched, restarted, stopped in time."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from ondol.cli.asking import Asker
 from ondol.cli.installation import CommandFailed, Target
@@ -26,13 +26,24 @@ _STEADY_S: Final = 60.0
 _LOG_LINES: Final = 5
 
 
-class SiteProcess:
-    """One site as a child process.  It holds the child's stdin: when we are gone, it ends by itself."""
+class PartProcess:
+    """One site, or the hub, as a child process.  It holds the child's stdin: when we are gone, it ends by itself."""
 
-    def __init__(self, name: str, *, config: Path, log: Path, url: str, say: Callable[[str], None]) -> None:
-        """Name the site; nothing is started yet.  `say` tells the person at the terminal."""
+    def __init__(
+        self,
+        name: str,
+        *,
+        kind: Literal["site", "hub"],
+        config: Path,
+        log: Path,
+        url: str,
+        say: Callable[[str], None],
+    ) -> None:
+        """Name the part; nothing is started yet.  `say` tells the person at the terminal."""
         self.name = name
         self.url = url
+        self._kind = kind
+        self._called = "hub" if kind == "hub" else f"{name} site"
         self._config = config
         self._log = log
         self._say = say
@@ -59,7 +70,7 @@ class SiteProcess:
         try:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                *("-m", "ondol", "run", "site", "--with-parent", "--config", str(self._config)),
+                *("-m", "ondol", "run", self._kind, "--with-parent", "--config", str(self._config)),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=descriptor,
                 stderr=descriptor,
@@ -79,23 +90,32 @@ class SiteProcess:
         """
         limit_s = time.monotonic() + READY_TIMEOUT_S
         async with Asker(Target(url=self.url, key=admin_key or "")) as asker:
-            while not await asker.is_ready():
-                if self._process is not None and self._process.returncode is not None:
-                    raise CommandFailed(
-                        f"the {self.name} site ended while it started (exit code "
-                        f"{self._process.returncode}); the end of {self._log}:\n{self._log_end()}"
-                    )
-                if time.monotonic() > limit_s:
-                    raise CommandFailed(
-                        f"the {self.name} site was not ready within {READY_TIMEOUT_S:.0f} s; "
-                        f"the end of {self._log}:\n{self._log_end()}"
-                    )
-                await asyncio.sleep(_POLL_S)
+            await self.wait_until(asker.is_ready)
             while admin_key is not None and (problems := await _local_problems(asker)):
                 if time.monotonic() > limit_s:
-                    self._say(f"the {self.name} site goes on without: {'; '.join(problems)}")
+                    self._say(f"the {self._called} goes on without: {'; '.join(problems)}")
                     return
                 await asyncio.sleep(_POLL_S)
+
+    async def wait_until(self, is_ready: Callable[[], Awaitable[bool]]) -> None:
+        """Return once `is_ready` says so.
+
+        Raises:
+            CommandFailed: the part ended, or was not ready within `READY_TIMEOUT_S`.
+        """
+        limit_s = time.monotonic() + READY_TIMEOUT_S
+        while not await is_ready():
+            if self._process is not None and self._process.returncode is not None:
+                raise CommandFailed(
+                    f"the {self._called} ended while it started (exit code {self._process.returncode}); the end of "
+                    f"{self._log}:\n{self._log_end()}"
+                )
+            if time.monotonic() > limit_s:
+                raise CommandFailed(
+                    f"the {self._called} was not ready within {READY_TIMEOUT_S:.0f} s; the end of "
+                    f"{self._log}:\n{self._log_end()}"
+                )
+            await asyncio.sleep(_POLL_S)
 
     async def watch(self, on_restart: Callable[[], None]) -> None:
         """Start the child again when it ends by itself, later and later; runs until cancelled."""
@@ -113,7 +133,7 @@ class SiteProcess:
                 wait_s, told = _BACKOFF_MIN_S, False
             if not told:
                 self._say(
-                    f"the {self.name} site ended by itself (exit code {code}) and is started again; "
+                    f"the {self._called} ended by itself (exit code {code}) and is started again; "
                     f"see {self._log}"
                 )
                 told = True
@@ -144,7 +164,7 @@ class SiteProcess:
             async with asyncio.timeout(limit_s):
                 await process.wait()
         except TimeoutError:
-            self._say(f"the {self.name} site did not end within {limit_s:.1f} s and is killed")
+            self._say(f"the {self._called} did not end within {limit_s:.1f} s and is killed")
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()

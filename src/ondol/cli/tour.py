@@ -1,4 +1,4 @@
-"""The tour of `ondol up`: six questions that show where answers come from, and why."""
+"""The tour of `ondol up`: where answers come from and why, and a cut line to the hub that loses nothing."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.text import Text
 from ondol.cli.asking import Answer, Asker
 from ondol.cli.installation import DEFAULT_DIR, Target
 from ondol.cli.output import Paragraph, significant, table
+from ondol.cli.tour_hub import HubSwitch, cut_off
 
 MODEL: Final = "assistant"
 SIMULATED_SITE: Final = "cloud-oregon"
@@ -35,13 +36,15 @@ _BOILING: Final = "What is the boiling point of water in Celsius?"
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
-    """What the tour plays with: where it prints, whom it asks, and the cloud's switch."""
+    """What the tour plays with: where it prints, whom it asks, the switches of cloud and hub."""
 
     screen: Console
     target: Target
     lang: Literal["en", "ko"]
     stop_cloud: Callable[[], Awaitable[None]]
     start_cloud: Callable[[], Awaitable[None]]
+    hub: HubSwitch
+    admin: Target
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,7 +102,7 @@ async def take(stage: Stage) -> list[tuple[Step, Answer]]:
     screen = stage.screen
     screen.print()
     screen.print(
-        "A tour in six questions, to an edge site and a stand-in cloud on this machine.", style="bold"
+        "A tour in six questions and a cut line, on an edge site, a stand-in cloud and a hub.", style="bold"
     )
     screen.print(
         "The starter model (SmolLM2, 135M) is small and speaks no useful Korean; the cloud is simulated: "
@@ -122,6 +125,16 @@ async def take(stage: Stage) -> list[tuple[Step, Answer]]:
         "assumed, its distance is a delay.",
         style="dim",
     )
+    screen.print()
+    screen.print(
+        _indented(
+            str(len(STEPS) + 1),
+            "The edge is cut off its hub and answers ten more questions; then the line is joined again.",
+            style="bold",
+        )
+    )
+    async with Asker(stage.admin) as asker:
+        await cut_off(screen, asker, stage.hub, MODEL)
     return answers
 
 

@@ -1,4 +1,4 @@
-"""`ondol up`: an edge site and a stand-in cloud on this machine, until Ctrl-C."""
+"""`ondol up`: a hub, an edge site and a stand-in cloud on this machine, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from cyclopts import Parameter
@@ -17,11 +17,15 @@ from cyclopts.validators import Number
 from rich.console import Console
 
 from ondol.adapters.lock import lock_directory
+from ondol.adapters.site_identity import is_member
 from ondol.cli import first_run
 from ondol.cli.delay import Line
 from ondol.cli.first_run import Keys, Ports
+from ondol.cli.hub_client import HubClient
 from ondol.cli.installation import (
     DEFAULT_DIR,
+    HUB,
+    SITES,
     CommandFailed,
     Dir,
     Layout,
@@ -30,14 +34,15 @@ from ondol.cli.installation import (
     Target,
     write_file,
 )
-from ondol.cli.sites import SiteProcess
+from ondol.cli.sites import PartProcess
 from ondol.cli.tour import Stage, ending, take
+from ondol.cli.tour_hub import HubSwitch
 from ondol.errors import DirectoryLocked
 
 STOP_LIMIT_S: Final = 9.0
-"""Both sites together; the promise is 10 s."""
-_CLOUD_SHARE_S: Final = 2.5
-"""What of it is kept for the cloud, where the edge takes its time."""
+"""All parts together; the promise is 10 s."""
+_SHARE_S: Final = 2.0
+"""What of it is kept for each of cloud and hub, where the one before takes its time."""
 ROUND_TRIP_S: Final = 0.080
 
 _Port = Annotated[int, Parameter(validator=Number(gte=0, lte=65535))]
@@ -50,7 +55,7 @@ def up(
     tour: Annotated[bool, Parameter(help="Ask the questions of the tour first.")] = True,
     lang: Annotated[Literal["en", "ko"], Parameter(help="The language of the reasons.")] = "en",
 ) -> int:
-    """Start an edge site and a stand-in cloud site on this machine; they run until Ctrl-C.
+    """Start a hub, an edge site and a stand-in cloud site on this machine; they run until Ctrl-C.
 
     Args:
         port: Where the edge listens on 127.0.0.1; 0 takes any free port.
@@ -92,13 +97,13 @@ def _choose_ports(edge: int) -> Ports:
         )
     taken = {edge}
     others: list[int] = []
-    for wanted in (edge + 1, edge + 2):
+    for wanted in (edge + 1, edge + 2, edge + 3, edge + 4):
         chosen = wanted if wanted <= 65535 and wanted not in taken and _is_free(wanted) else 0
         while chosen == 0 or chosen in taken:
             chosen = _free_port()
         taken.add(chosen)
         others.append(chosen)
-    return Ports(edge=edge, cloud=others[0], line=others[1])
+    return Ports(edge=edge, cloud=others[0], line=others[1], hub=others[2], hub_line=others[3])
 
 
 def _is_free(port: int) -> bool:
@@ -133,7 +138,7 @@ class _Screen(Console):
 
 
 class _Up:
-    """One run of `ondol up`; owns the two sites, the line between them, and `up.json`."""
+    """One run of `ondol up`; owns the hub, the two sites, the lines between them, and `up.json`."""
 
     def __init__(self, layout: Layout, ports: Ports, *, with_tour: bool, lang: Literal["en", "ko"]) -> None:
         self._layout = layout
@@ -143,15 +148,19 @@ class _Up:
         self._screen = _Screen(highlight=False)
         self._keys: Keys | None = None
         self._line = Line(to_port=ports.cloud, delay_s=ROUND_TRIP_S / 2)
-        self._edge = self._site("edge", ports.edge)
-        self._cloud = self._site("cloud", ports.cloud)
+        self._hub_line = Line(to_port=ports.hub, delay_s=0.0)
+        self._edge = self._part("edge", ports.edge)
+        self._cloud = self._part("cloud", ports.cloud)
+        self._hub = self._part(HUB, ports.hub)
 
-    def _site(self, name: str, port: int) -> SiteProcess:
-        return SiteProcess(
+    def _part(self, name: str, port: int) -> PartProcess:
+        is_hub = name == HUB
+        return PartProcess(
             name,
+            kind="hub" if is_hub else "site",
             config=self._layout.config(name),
             log=self._layout.log(name),
-            url=f"http://127.0.0.1:{port}",
+            url=f"{'https' if is_hub else 'http'}://127.0.0.1:{port}",
             say=self._say,
         )
 
@@ -183,16 +192,38 @@ class _Up:
     async def _work(self) -> None:
         started_s = time.monotonic()
         keys = self._keys = await asyncio.to_thread(first_run.prepare, self._layout, self._ports, self._say)
-        self._say("starting the edge and the stand-in cloud …")
+        self._say("starting the hub, the edge and the stand-in cloud …")
         await self._line.open(self._ports.line)
+        await self._hub_line.open(self._ports.hub_line)
+        await self._hub.start()
+        await self._enrol()
         await asyncio.gather(self._edge.start(), self._cloud.start())
         await asyncio.gather(self._edge.wait_ready(keys.admin_key), self._cloud.wait_ready())
         self._write_up_json()
         self._say(f"ready after {time.monotonic() - started_s:.1f} s")
         async with asyncio.TaskGroup() as tasks:
-            for site in (self._edge, self._cloud):
+            for site in (self._hub, self._edge, self._cloud):
                 tasks.create_task(site.watch(self._write_up_json))
             tasks.create_task(self._show(keys))
+
+    async def _enrol(self) -> None:
+        """Make the sites members; they need the hub for that once, and later only to be told what is new."""
+        if all(is_member(self._layout.data(name)) for name in SITES):
+            await asyncio.to_thread(first_run.enrol, self._layout, self._ports, None, self._say)
+            return
+        await self._hub.wait_until(self._hub_answers)
+        await asyncio.to_thread(first_run.enrol, self._layout, self._ports, self._hub_client(), self._say)
+
+    def _hub_client(self) -> HubClient:
+        data = self._layout.data(HUB)
+        return HubClient(self._hub.url, (data / "admin.key").read_text().strip(), data / "ca.pem")
+
+    async def _hub_answers(self) -> bool:
+        try:
+            await asyncio.to_thread(lambda: self._hub_client().get("status"))
+        except (CommandFailed, OSError):  # not up yet, or its files are not written yet
+            return False
+        return True
 
     async def _show(self, keys: Keys) -> None:
         target = Target(url=self._edge.url, key=keys.api_key)
@@ -203,6 +234,8 @@ class _Up:
                 lang=self._lang,
                 stop_cloud=self._stop_cloud,
                 start_cloud=self._start_cloud,
+                hub=HubSwitch(cut=self._hub_line.close, join=self._join_hub, usage=self._hub_usage),
+                admin=Target(url=self._edge.url, key=keys.admin_key),
             )
             try:
                 await take(stage)
@@ -210,6 +243,13 @@ class _Up:
                 # The sites may still be of use, and their logs say more than we can.
                 self._screen.print(f"The tour could not go on: {error.message}", style="red", markup=False)
         ending(self._screen, target, self._layout.root)
+
+    async def _join_hub(self) -> None:
+        await self._hub_line.open(self._ports.hub_line)
+
+    async def _hub_usage(self) -> dict[str, Any]:
+        found: dict[str, Any] = await asyncio.to_thread(self._hub_client().get, "usage")
+        return found
 
     async def _stop_cloud(self) -> None:
         await self._cloud.stop(STOP_LIMIT_S)
@@ -226,20 +266,23 @@ class _Up:
         running = Running(
             edge=RunningSite(url=self._edge.url, pid=self._edge.pid),
             cloud=RunningSite(url=self._cloud.url, pid=self._cloud.pid),
+            hub=RunningSite(url=self._hub.url, pid=self._hub.pid),
             api_key=keys.api_key,
             admin_key=keys.admin_key,
         )
         write_file(self._layout.up_json, msgspec.json.encode(running), mode=0o600)
 
     async def _stop(self) -> None:
-        """Edge first: it may still need the cloud for what it has taken."""
+        """Edge first: it may still need the cloud for what it has taken; the hub last, which takes the last records."""
         limit_s = time.monotonic() + STOP_LIMIT_S
         # The terminal may be gone, which must not keep the sites alive.
         with contextlib.suppress(OSError):
-            self._say("stopping: the edge, then the cloud …")
-        await self._edge.stop(STOP_LIMIT_S - _CLOUD_SHARE_S)
-        await self._cloud.stop(max(0.5, limit_s - time.monotonic()))
+            self._say("stopping: the edge, the cloud, then the hub …")
+        await self._edge.stop(STOP_LIMIT_S - 2 * _SHARE_S)
+        await self._cloud.stop(max(0.5, limit_s - time.monotonic() - _SHARE_S))
+        await self._hub.stop(max(0.5, limit_s - time.monotonic()))
         await self._line.close()
+        await self._hub_line.close()
         self._layout.up_json.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self._say("stopped")

@@ -8,7 +8,6 @@ was found and what is allowed.
 from __future__ import annotations
 
 import hashlib
-import stat
 from collections.abc import Callable, Collection
 from os import stat_result
 from pathlib import Path
@@ -19,9 +18,10 @@ from ondol.adapters.pricebook import prices_of as book_prices
 from ondol.config import checks
 from ondol.config.checks import DEFAULT_TENANT, Documents, Entry
 from ondol.config.fields import build
+from ondol.config.files import read_text
 from ondol.config.prices import PricesOf, check_currencies, prices_and_exchange
 from ondol.config.report import Report, choices, is_secret, quoted
-from ondol.config.text import FILE_BYTES_MAX, Node, TextError, documents
+from ondol.config.text import Node, TextError, documents
 from ondol.core.catalog import (
     BudgetDoc,
     Catalog,
@@ -51,7 +51,8 @@ KINDS: Final[dict[str, type[Document]]] = {
     "Budget": BudgetDoc,
     "Price": PriceDoc,
 }
-_LATER: Final = ("Policy", "Slo", "Rollout")
+_LATER: Final = ("Policy", "Slo")
+_OF_FLEETS: Final = ("Rollout",)
 
 D = TypeVar("D", bound=Document)
 GridsOf = Callable[[Collection[str]], dict[str, Grid]]
@@ -69,21 +70,7 @@ def load(
     Raises:
         ConfigError: the file cannot be read, or says something wrong.
     """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ConfigError(f"{path}: not a file; allowed: a YAML file with the documents of a site")
-        with path.open("rb") as file:
-            raw = file.read(FILE_BYTES_MAX + 1)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if len(raw) > FILE_BYTES_MAX:
-        raise ConfigError(f"{path}: {status.st_size} bytes; allowed: at most {FILE_BYTES_MAX}")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path}:{line}: bytes that are not UTF-8; allowed: UTF-8 text") from error
+    text = read_text(path)
     return parse(text, base=path.parent, name=str(path), insecure=insecure, prices_of=prices_of, grids=grids)
 
 
@@ -101,11 +88,31 @@ def parse(
     Raises:
         ConfigError: with one line for each problem, at most 20.
     """
-    report = Report(name)
     try:
         nodes = documents(text)
     except TextError as error:
         raise ConfigError(f"{name}:{error.line}: {error}") from error
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return catalog_of(
+        nodes,
+        base=base,
+        report=Report(name),
+        digest=digest,
+        insecure=insecure,
+        prices_of=prices_of,
+        grids=grids,
+    )
+
+
+def catalog_of(
+    nodes: list[Node], *, base: Path, report: Report, digest: str, insecure: bool = False,
+    prices_of: PricesOf = book_prices, grids: GridsOf = known_grids,
+) -> Catalog:  # fmt: skip
+    """The catalogue of one site's documents, wherever they stood.
+
+    Raises:
+        ConfigError: with one line for each problem.
+    """
     found = _by_kind(nodes, report)
     docs = Documents(
         names=_names(nodes),
@@ -136,7 +143,7 @@ def parse(
         prices=prices,
         exchange=exchange,
         grids=grids(sorted({entry.doc.grid_zone for entry in docs.sites.values()})),
-        digest=hashlib.sha256(text.encode()).hexdigest(),
+        digest=digest,
     )
 
 
@@ -174,7 +181,13 @@ def _kind(node: Node, report: Report) -> str | None:
         return None
     if kind.value in KINDS:
         return kind.value
-    if kind.value in _LATER:
+    if kind.value in _OF_FLEETS:
+        report.add(
+            kind.line,
+            f"kind: found {kind.value}, which belongs in the files of a fleet (`ondol apply -f DIR`); allowed in a "
+            f"site's own file: {', '.join(KINDS)}",
+        )
+    elif kind.value in _LATER:
         report.add(
             kind.line,
             f"kind: found {kind.value}, which comes in a later version; allowed: {', '.join(KINDS)}",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
@@ -67,6 +67,7 @@ class Documents(msgspec.Struct, frozen=True):
 def check_all(docs: Documents, report: Report, *, insecure: bool, file_exists: Callable[[str], bool]) -> None:
     """Run every check that needs no price; `file_exists` takes a path as the file writes it."""
     here = this_site(docs, report)
+    _no_selectors(docs, report)
     _teams_and_budgets(docs, report)
     for deployment in docs.deployments.values():
         _deployment(deployment, docs, here, report)
@@ -74,6 +75,25 @@ def check_all(docs: Documents, report: Report, *, insecure: bool, file_exists: C
         _route(route, docs, report)
     for gateway in docs.gateways.values():
         _gateway(gateway, report, insecure=insecure, file_exists=file_exists)
+
+
+def _no_selectors(docs: Documents, report: Report) -> None:
+    """Which sites a document is for can only be asked where there are several."""
+    groups: tuple[dict[str, Entry[Any]], ...] = (docs.deployments, docs.routes, docs.budgets)
+    for entry in (entry for group in groups for entry in group.values()):
+        written = entry.node.value
+        for field in ("sites", "per_site"):
+            value = written.get(field) if isinstance(written, dict) else None
+            if value is not None and not _is_empty(value.data()):
+                report.add(
+                    value.line,
+                    f"{entry.where}.{field}: this selects sites of a fleet; allowed: in files for `ondol apply`, "
+                    "not in the file of one site",
+                )
+
+
+def _is_empty(value: Any) -> bool:
+    return not any(value.values()) if isinstance(value, dict) else value is None
 
 
 def this_site(docs: Documents, report: Report) -> str | None:
@@ -137,7 +157,13 @@ def _teams_and_budgets(docs: Documents, report: Report) -> None:
 
 def _deployment(entry: Entry[DeploymentDoc], docs: Documents, here: str | None, report: Report) -> None:
     doc = entry.doc
-    _reference(entry, "site", doc.site, docs.names.get("Site", set()), report)
+    if not doc.site:
+        report.add(
+            entry.node.line,
+            f"{entry.where}.site: missing; allowed: {choices('', docs.names.get('Site', set()))}",
+        )
+    else:
+        _reference(entry, "site", doc.site, docs.names.get("Site", set()), report)
     _reference(entry, "model", doc.model, docs.names.get("Model", set()), report)
     if doc.price is not None:
         _reference(entry, "price", doc.price, docs.names.get("Price", set()), report)

@@ -30,6 +30,9 @@ def _pattern(annotated: Any) -> str:
 _PATTERN_WORDS: Final = {
     _pattern(catalog.Name): "a name of small letters, digits and . _ / - (at most 128)",
     _pattern(catalog.Decimals): 'a decimal number that is not negative, such as "12.50"',
+    _pattern(catalog.Pattern): "a name in which * stands for anything, such as shop-* or kr-*",
+    _pattern(catalog.Step): "a number of sites or a share of them, such as 1 or 10%",
+    r"^\d\d:\d\d-\d\d:\d\d$": "two times of the day, such as 22:00-06:00",
     r"^[A-Z]{2}$": "a country of two capital letters (ISO 3166), such as KR",
     r"^sha256:[0-9a-f]{64}$": "sha256: and 64 hexadecimal digits",
 }
@@ -107,7 +110,8 @@ def _as_written(node: Node, kind: inspect.Type) -> Any:
         return [_as_written(child, kind.item_type) for child in node.value]
     arms = kind.types if isinstance(kind, inspect.UnionType) else (kind,)
     is_number = isinstance(node.value, (int, float)) and not isinstance(node.value, bool)
-    if is_number and any(isinstance(arm, inspect.StrType) for arm in arms):
+    wants_number = any(isinstance(arm, inspect.IntType | inspect.FloatType) for arm in arms)
+    if is_number and not wants_number and any(isinstance(arm, inspect.StrType) for arm in arms):
         return node.text
     if len(arms) > 1:
         for arm in arms:

@@ -21,7 +21,7 @@ from ondol.cli.keys import state
 from ondol.cli.models import default_name, edited, guess_quality
 from ondol.wire.gguf import GgufHeader
 
-PORTS = Ports(edge=8080, cloud=8081, line=8082)
+PORTS = Ports(edge=8080, cloud=8081, line=8082, hub=8083, hub_line=8084)
 DIGEST = "sha256:" + "0" * 64
 
 

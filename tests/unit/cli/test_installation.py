@@ -19,6 +19,7 @@ from ondol.cli.installation import (
 RUNNING = Running(
     edge=RunningSite(url="http://127.0.0.1:8080", pid=2),
     cloud=RunningSite(url="http://127.0.0.1:8081", pid=3),
+    hub=RunningSite(url="https://127.0.0.1:8083", pid=4),
     api_key="ondol_user",
     admin_key="ondol_admin",
 )
@@ -29,8 +30,8 @@ def test_up_json_has_the_promised_form(tmp_path: Path) -> None:
 
     read = msgspec.json.decode(Layout(tmp_path).up_json.read_bytes())
 
-    assert set(read) == {"edge", "cloud", "api_key", "admin_key"}
-    assert set(read["edge"]) == set(read["cloud"]) == {"url", "pid"}
+    assert set(read) == {"edge", "cloud", "hub", "api_key", "admin_key"}
+    assert set(read["edge"]) == set(read["cloud"]) == set(read["hub"]) == {"url", "pid"}
     assert Layout(tmp_path).running() == RUNNING
 
 
