@@ -218,7 +218,7 @@ def test_the_events_of_the_log_are_in_the_code() -> None:
 
 COMMANDS = (
     "up", "run site", "chat", "keys create", "keys list", "keys revoke", "models list", "models add", "costs",
-    "ledger verify", "config check",
+    "ledger verify", "config check", "run hub", "join", "sites invite", "apply", "rollouts show", "models publish",
 )  # fmt: skip
 
 
