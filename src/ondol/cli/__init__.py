@@ -26,7 +26,7 @@ def _build() -> App:
         version=__version__,
         result_action="return_value",
     )
-    app.command("ondol.cli.up:up", name="up", help="Start an edge and a stand-in cloud on this machine.")
+    app.command("ondol.cli.up:up", name="up", help="Start a hub, an edge and a stand-in cloud here.")
     app.command("ondol.cli.chat:chat", name="chat", help="Ask, and see where it ran and why.")
     app.command("ondol.cli.costs:costs", name="costs", help="Cost, energy and carbon from the ledgers.")
 
