@@ -312,6 +312,44 @@ async def test_a_commit_whose_answer_was_lost_is_looked_up_and_not_done_twice(
     assert await database.read(lambda tx: tx.run("SELECT name FROM counter")) == [("run1",)]
 
 
+async def test_a_replica_that_freezes_holds_up_the_others_for_a_moment_alone(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds a row and does nothing (its machine sleeps, or is gone): the server ends that, and it works anew."""
+    monkeypatch.setattr("ondol.adapters.database_postgres.PATIENCE_S", 30.0)
+    replicas = [await PostgresDatabase.open(dsn, migrations=TABLE) for _ in range(2)]
+    runs: list[str] = []
+    frozen, thawed = threading.Event(), threading.Event()
+
+    def add(name: str, pause: Callable[[], object]) -> Callable[[Tx], None]:
+        def work(tx: Tx) -> None:
+            runs.append(name)
+            tx.run("UPDATE counter SET n = n + 1 WHERE name = 'x'")
+            pause()
+
+        return work
+
+    def freeze() -> None:
+        if not frozen.is_set():
+            frozen.set()
+            assert thawed.wait(60)
+
+    try:
+        await replicas[0].write(lambda tx: tx.run("INSERT INTO counter(name, n) VALUES('x', 0)"))
+        sleeper = asyncio.create_task(replicas[0].write(add("sleeper", freeze)))
+        await asyncio.to_thread(frozen.wait, 60)
+        await replicas[1].write(add("other", lambda: None))
+        assert not sleeper.done()
+        thawed.set()
+        await sleeper
+        assert await replicas[1].read(lambda tx: tx.run("SELECT n FROM counter")) == [(2,)]
+        assert runs.count("sleeper") == 2
+    finally:
+        thawed.set()
+        for one in replicas:
+            await one.close()
+
+
 async def test_a_commit_that_did_not_arrive_is_done_again(
     database: PostgresDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,6 +130,36 @@ async def test_after_a_failure_the_next_address_is_asked(anyio_backend: object) 
         assert await link.call("hello", b"{}", timeout_s=5) == b"\x80"
 
 
+@pytest.mark.parametrize("code", ["state_unavailable", "draining"])
+async def test_a_replica_that_is_unwell_is_left_for_the_next(code: str, anyio_backend: object) -> None:
+    unwell = _error(code, "503 Service Unavailable")
+    async with (
+        FaultServer(tls=_context()) as one,
+        FaultServer(tls=_context()) as other,
+        _link(_url(one), _url(other)) as link,
+    ):
+        one.say(unwell)
+        other.say(faults.raw(b"\x80"), _error("range_refused"), faults.raw(b"\x81"), unwell)
+        with pytest.raises(LinkDown, match=f"{one.port}: no"):
+            await link.call("hello", b"{}", timeout_s=5)
+        assert link.url == _url(other)
+        assert await link.call("hello", b"{}", timeout_s=5) == b"\x80"
+        with pytest.raises(HubRefused):  # a refusal of what was asked is no reason to go
+            await link.call("usage", b"{}", timeout_s=5)
+        assert await link.call("usage", b"{}", timeout_s=5) == b"\x81"
+        with pytest.raises(LinkDown):
+            await anext(aiter(link.watch(b"{}", silence_s=5)))
+        assert link.url == _url(one)
+
+
+async def test_the_only_hub_that_is_unwell_says_when_to_come_again(anyio_backend: object) -> None:
+    async with FaultServer(tls=_context()) as server, _link(_url(server)) as link:
+        server.say(_error("state_unavailable", "503 Service Unavailable"))
+        with pytest.raises(HubRefused) as refused:
+            await link.call("usage", b"{}", timeout_s=5)
+    assert (refused.value.why, refused.value.retry_after_s) == ("state_unavailable", 7.0)
+
+
 async def test_a_name_with_several_addresses_is_reached_by_the_one_that_answers(
     anyio_backend: object,
 ) -> None:

@@ -183,7 +183,7 @@ class SimHub(Node):
         self.hub: Hub | None = None
         self.database: InlineDatabase | None = None
 
-    async def start(self) -> None:
+    async def start(self, *, restored: bool = False) -> None:
         self.database = InlineDatabase(self.folder / "hub.db", migrations=MIGRATIONS, vfs=self.disk.name)
         self.alive = True
         hub = Hub(
@@ -192,7 +192,7 @@ class SimHub(Node):
             rng=random.Random(self.rng.random()), certify=lambda csr, site, address: b"",
             note=lambda event, **fields: None,
         )  # fmt: skip
-        await hub.start()
+        await hub.start(restored=restored)
         self.hub = hub
         self.spawn(self._tick(hub))
 
@@ -213,8 +213,8 @@ class SimHub(Node):
         if self.database is not None:
             self.database.close_now()
 
-    async def restore(self, backup: Path) -> None:
-        """Come back from an older copy of the database."""
+    async def restore(self, backup: Path, *, told: bool) -> None:
+        """Come back from an older copy of the database; `told`: an operator says so."""
         await self.crash()
         for path in self.folder.glob("hub.db*"):
             path.unlink()
@@ -222,7 +222,7 @@ class SimHub(Node):
         wal = backup / "hub.db-wal"
         if wal.exists():
             (self.folder / "hub.db-wal").write_bytes(wal.read_bytes())
-        await self.start()
+        await self.start(restored=told)
 
 
 class SimSite(Node):
@@ -263,12 +263,12 @@ class SimSite(Node):
         self.sync = SiteSync(
             link=self.link, outbox=self.ledger, memory=self.memory, identity=self.identity, clock=self.clock,
             rng=random.Random(self.rng.random()), activate=self._activate, trusted=lambda: None,
-            describe=Snapshot, note=self._noted,
+            describe=Snapshot, note=self._noted, lease_ns=lambda: self.leases.answered_ns,
         )  # fmt: skip
         self.leases = FleetLeases(
             link=self.link, memory=self.memory, ledger=self.ledger, budgets=self.budgets, clock=self.clock,
             instance=instance, hub_now_ns=self.sync.hub_now_ns, link_up=lambda: self.sync.connected,
-            noted=lambda event, what: None,
+            noted=lambda event, what: None, hub_era=self.sync.hub_era,
         )  # fmt: skip
         self.spawn(self.sync.run())
         self.spawn(self.leases.run())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from http import HTTPStatus
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -42,7 +43,8 @@ class _Place:
 class HttpsLink:
     """`core.ports.HubLink` over HTTP/1.1 and TLS 1.3.  Made, used and closed on one event loop.
 
-    A call goes to one address; after one that failed, the next call goes to the next.
+    A call goes to one address; after one that failed, the next call goes to the next.  Where there are several, a
+    replica that stops or cannot reach its database (503) is down, too: its watch would say nothing new.
     """
 
     def __init__(
@@ -62,6 +64,11 @@ class HttpsLink:
             raise ConfigError("hub: found no address, expected at least one")
         self._authorization = authorization
         self._at = 0
+
+    @property
+    def url(self) -> str:
+        """The address that the next call goes to."""
+        return self._places[self._at].url
 
     async def call(self, name: str, body: bytes, *, timeout_s: float) -> bytes:
         """POST `/v1/sync/<name>`: the answer's body.
@@ -133,6 +140,8 @@ class HttpsLink:
             said = sync.decode(raw, sync.Error)
         except InvalidRequest:
             return self._down(place, f"it answered {status}, and not as a hub does")
+        if status == HTTPStatus.SERVICE_UNAVAILABLE and len(self._places) > 1:
+            return self._down(place, said.message)
         return HubRefused(said.message, why=said.code, retry_after_s=said.retry_after_s, hub_ns=said.hub_ns)
 
 

@@ -49,17 +49,20 @@ def site(
 def hub(
     *,
     config: Path,
+    restored: Annotated[bool, Parameter(negative="")] = False,
     with_parent: Annotated[bool, Parameter(show=False, negative="")] = False,
 ) -> int:
     """Run one hub until SIGTERM or Ctrl-C.
 
     Args:
         config: The hub's file.
+        restored: Its database was put back from an older copy: grant nothing new until the sites have said what they
+            hold. For the first start after that, and not for the next ones.
         with_parent: End when standard input closes, as it does however the parent ends.
     """
     if with_parent:
         threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
-    return run_hub(load_hub(config), folder=config.parent, check=check_fleet)
+    return run_hub(load_hub(config), folder=config.parent, check=check_fleet, restored=restored)
 
 
 def _end_with_parent() -> None:

@@ -30,6 +30,8 @@ _CALL_S: Final = 5.0
 _TICK_S: Final = 5.0
 _RETRY_S: Final = (1.0, 30.0)
 _REFUSED_S: Final = 30.0
+_FROZEN_S: Final = 5.0
+"""How soon a hub is asked again that grants nothing because it has just started, or went back."""
 
 _FORGET_NS: Final = 40 * 86_400 * NS_PER_S
 """Longer than any period: what a budget held that is here no more is kept so long, with the number of its calls."""
@@ -57,14 +59,18 @@ class FleetLeases:
     def __init__(
         self, *, link: HubLink, memory: SiteMemory, ledger: Ledger, budgets: Budgets, clock: Clock, instance: str,
         hub_now_ns: Callable[[], int], link_up: Callable[[], bool], noted: Callable[[str, str], None],
+        hub_era: Callable[[], int] = lambda: 0,
     ) -> None:  # fmt: skip
         """Take up what the site held before, and make the budgets those of a fleet.
 
-        `noted` is told an event and a sentence: what an operator should see.
+        `noted` is told an event and a sentence: what an operator should see.  `hub_era` is the hub's present era: with
+        another one each budget is said again.
         """
         self._link, self._memory, self._ledger, self._budgets = link, memory, ledger, budgets
         self._clock, self._instance = clock, instance
         self._hub_now_ns, self._link_up, self._noted = hub_now_ns, link_up, noted
+        self._hub_era = hub_era
+        self.answered_ns = 0
         self._held: dict[Key, Holding] = {}
         self._needs: dict[Key, _Need] = {}
         self._wishes: set[Key] = set()
@@ -206,7 +212,7 @@ class FleetLeases:
         waiting = self._needs.get(key)
         lacks = list(waiting.lacks.values()) if waiting is not None else []
         # All waiting requests want their worst case beside each other; each lacks it counted alone.
-        return next_step(
+        step = next_step(
             position,
             holding,
             missing=sum(lacks),
@@ -214,6 +220,7 @@ class FleetLeases:
             wished=key in self._wishes,
             now_ns=now_ns,
         )
+        return Step(0) if step is None and position.hard and holding.era != self._hub_era() else step
 
     def _minute(self, positions: list[Position]) -> None:
         """Note what the minute used, and forget periods that are over with nothing open."""
@@ -293,7 +300,7 @@ class FleetLeases:
         return sync.Lease(
             instance=self._instance, budget=position.budget, period=position.period, number=number,
             spent=str(now.used), want=str(step.want), give_back=str(back), granted=str(holding.granted),
-            least=str(step.least), currency=position.currency,
+            least=str(step.least), currency=position.currency, era=self._hub_era(),
         )  # fmt: skip
 
     async def _take(
@@ -311,9 +318,14 @@ class FleetLeases:
             granted=granted, until_ns=until_hub_ns,
         )  # fmt: skip
         await self._memory.keep_lease(kept)
-        used = int(message.spent)
-        holding.told(granted=granted, left=left, used=used, term_s=reply.term_s, sent_ns=sent_ns)
-        holding.until_hub_ns = until_hub_ns
+        holding.told(
+            granted=granted, left=None if reply.frozen else left, used=int(message.spent), term_s=reply.term_s,
+            sent_ns=sent_ns,
+        )  # fmt: skip
+        holding.until_hub_ns, holding.era = until_hub_ns, message.era or 0
+        self.answered_ns = reply.hub_ns
+        if reply.frozen:
+            self._refused(f"{message.budget} {message.currency}", holding, reply.frozen, _FROZEN_S)
 
     async def _behind(self, holding: Holding, message: sync.Lease, number: int, granted: int) -> None:
         """The hub knows later calls of ours than we do: our memory went back, and what they gave may be spent."""

@@ -15,6 +15,8 @@ from ondol.units import NS_PER_S
 
 REPORT_NS: Final = 60 * NS_PER_S
 """How often the hub hears what was spent, and what is not needed comes back."""
+RENEW_NS: Final = 600 * NS_PER_S
+"""How often a quiet site asks at least, half a term if that is shorter: so it hears that little is left."""
 _AHEAD: Final = 10
 """Hold what so many minutes like the last ones will use."""
 _AHEAD_SCARCE: Final = 2
@@ -39,11 +41,12 @@ class Step(msgspec.Struct, frozen=True):
 class Holding:
     """What the site holds of one budget in one period.  Mutable; the runner owns it.
 
-    `until_ns`, `told_ns` and `renew_ns` are monotonic; `until_ns` 0 is a term that is over.
+    `until_ns`, `told_ns` and `renew_ns` are monotonic; `until_ns` 0 is a term that is over.  `era` is the hub's in
+    which it was said last what is held.
     """
 
     __slots__ = (
-        "block", "granted", "left", "mark", "number", "recent", "refused_ns", "renew_ns", "reported", "told_ns",
+        "block", "era", "granted", "left", "mark", "number", "recent", "refused_ns", "renew_ns", "reported", "told_ns",
         "until_hub_ns", "until_ns",
     )  # fmt: skip
 
@@ -53,6 +56,7 @@ class Holding:
         self.number = number
         self.granted = granted
         self.block = 0
+        self.era = 0
         self.until_ns = until_ns
         self.until_hub_ns = until_hub_ns
         self.left: int | None = None
@@ -72,7 +76,7 @@ class Holding:
         self.recent = max(used - self.mark, self.recent // 2)
         self.mark = used
 
-    def told(self, *, granted: int, left: int, used: int, term_s: float, sent_ns: int) -> None:
+    def told(self, *, granted: int, left: int | None, used: int, term_s: float, sent_ns: int) -> None:
         """Take the hub's answer.  The term counts from when the site asked, which is never too late."""
         term_s = min(max(term_s, 0.0), _TERM_MAX_S)
         self.block = max(granted - used, 0)
@@ -81,7 +85,7 @@ class Holding:
         self.reported = used
         self.told_ns = sent_ns
         self.until_ns = sent_ns + int(term_s * NS_PER_S)
-        self.renew_ns = sent_ns + int(term_s * NS_PER_S / 2)
+        self.renew_ns = sent_ns + min(int(term_s * NS_PER_S / 2), RENEW_NS)
 
 
 def standing(amount: int) -> int:

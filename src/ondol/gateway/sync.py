@@ -63,13 +63,13 @@ class SiteSync:
         self, *, link: HubLink, outbox: Outbox, memory: SiteMemory, identity: SiteIdentity, clock: Clock, rng: Dice,
         activate: Callable[[Desired], Awaitable[None]], trusted: Callable[[], None],
         describe: Callable[[], Snapshot], note: Callable[..., None], software: str = "",
-        busy: Callable[[], int] = lambda: 0,
+        busy: Callable[[], int] = lambda: 0, lease_ns: Callable[[], int] = lambda: 0,
     ) -> None:  # fmt: skip
         """Take the parts.
 
         `activate` makes the site run a desired state, or raises and leaves the old one; `trusted` is told that
         the trust has changed (a new epoch or hub key); `note(event, **fields)` goes to the log; `busy` is how many
-        requests run now: they have the right of way.
+        requests run now: they have the right of way; `lease_ns` is when the hub wrote down its last word on budgets.
         """
         self._outbox = outbox
         self._memory = memory
@@ -80,6 +80,8 @@ class SiteSync:
         self._describe = describe
         self._note = note
         self._software = software
+        self._lease_ns = lease_ns
+        self._era = 0
         self._session = Session(
             link=link, memory=memory, clock=clock, rng=rng, hello=self._hello, welcome=self._welcome, said=self._said,
             note=note,
@@ -110,6 +112,10 @@ class SiteSync:
     def hub_now_ns(self) -> int:
         """The hub's wall clock, as well as it is known; never before a time that the hub has said."""
         return self._session.hub_now_ns()
+
+    def hub_era(self) -> int:
+        """The era that the hub said last; a new one wants to hear again what is held of each budget."""
+        return self._era
 
     def status(self) -> SyncStatus:
         """How the site stands with its hub."""
@@ -178,11 +184,12 @@ class SiteSync:
         return sync.Hello(
             boot=who.boot, instance=who.instance, gateway=who.gateway, generation=have.generation, epoch=have.epoch,
             acknowledged=self._outbox.acknowledged_seq, wall_ns=self._clock.wall_ns(), software=self._software,
-            answer=answer,
+            answer=answer, lease_ns=self._lease_ns(), era=self._era,
         )  # fmt: skip
 
     async def _welcome(self, reply: sync.HelloReply) -> None:
         """The session begins: what the hub has is what we go on from, also where that is less than before."""
+        self._era = reply.era
         had, runs = self._outbox.acknowledged_seq, self._have().generation
         if reply.mark < had:
             self._note("hub_went_back", had=str(had), has=str(reply.mark))
@@ -195,7 +202,7 @@ class SiteSync:
         self._report_now.set()
 
     def _said(self, said: sync.Announcement) -> None:
-        before, self._announced = self._announced, said
+        before, self._announced, self._era = self._announced, said, said.era
         if shall_fetch(said, before, self._have()):
             self._news.set()
 

@@ -19,6 +19,7 @@ from ondol.core.ports import Tx
 from ondol.errors import InvalidRequest, NotFound
 from ondol.hub import (
     artifacts,
+    audit,
     enrol,
     export,
     ingest,
@@ -96,7 +97,7 @@ class HubAdmin:
             case ("GET", "status", ""):
                 return _json(await self._status())
             case ("GET", "audit", ""):
-                return _json({"data": await self._hub.database.read(lambda tx: enrol.audit(tx, 500))})
+                return _json({"data": await self._hub.database.read(lambda tx: audit.newest(tx, 500))})
             case ("GET", "usage", ""):
                 return _json(await self._hub.database.read(lambda tx: usage.answer(tx, query)))
             case ("GET", "budgets", ""):
@@ -146,7 +147,7 @@ class HubAdmin:
             started = None
             if rollout is not None and staged:
                 started = rollouts.begin(tx, number, before, rollout, after, now_ns=now_ns)
-            enrol.note(tx, now_ns, "applied", str(number), f"{len(changes)} changes; {wanted.message}")
+            audit.note(tx, now_ns, "applied", str(number), f"{len(changes)} changes; {wanted.message}")
             return {"generation": number, "changes": changes, "warnings": warnings, "rollout": started}
 
         answer = await hub.database.write(work)
@@ -159,7 +160,7 @@ class HubAdmin:
         def work(tx: Tx) -> dict[str, Any]:
             rollouts.supersede(tx, now_ns=now_ns, why="rolled back by an operator")
             number, of = publish.rollback(tx, wanted.generation, author=wanted.author, now_ns=now_ns)
-            enrol.note(tx, now_ns, "rolled back", str(number), f"to the documents of {of}")
+            audit.note(tx, now_ns, "rolled back", str(number), f"to the documents of {of}")
             return {"generation": number, "of": of}
 
         answer = await self._hub.database.write(work)
@@ -218,7 +219,7 @@ class HubAdmin:
 
             def admit(tx: Tx) -> None:
                 sessions.admit(tx, name)
-                enrol.note(tx, now_ns, "admitted", name, "")
+                audit.note(tx, now_ns, "admitted", name, "")
 
             await hub.database.write(admit)
             answer = {"site": name, "admitted": True}
@@ -243,10 +244,12 @@ class HubAdmin:
 
     async def _status(self) -> dict[str, Any]:
         hub = self._hub
-        everyone = await self.sites_now()
+        everyone, budgets = await self.sites_now(), await hub.database.read(self._budgets)
+        frozen = [f"budget {one.name} {one.period}: {one.frozen}" for one in budgets if one.frozen]
         return {
             "fleet": hub.authority.fleet, "generation": hub.numbers.generation, "epoch": hub.numbers.epoch,
             "sites": summary(everyone), "watches": hub.watches, "urls": hub.place.urls,
+            "frozen": frozen,
         }  # fmt: skip
 
     def _budgets(self, tx: Tx) -> list[leases.FleetBudget]:
@@ -264,7 +267,7 @@ class HubAdmin:
             def create(tx: Tx) -> dict[str, Any]:
                 key, text = keys.create(tx, wanted, hub.authority.pepper, rng=hub.rng, now_ns=now_ns)
                 self._keys_changed(tx, now_ns)
-                enrol.note(tx, now_ns, "key made", key.id, f"team {key.team}")
+                audit.note(tx, now_ns, "key made", key.id, f"team {key.team}")
                 return _shown(key) | {"key": text}
 
             answer = await hub.database.write(create)
@@ -273,7 +276,7 @@ class HubAdmin:
             def revoke(tx: Tx) -> dict[str, Any]:
                 keys.revoke(tx, rest, now_ns)
                 self._keys_changed(tx, now_ns)
-                enrol.note(tx, now_ns, "key revoked", rest, "")
+                audit.note(tx, now_ns, "key revoked", rest, "")
                 return {"id": rest, "revoked": True}
 
             answer = await hub.database.write(revoke)

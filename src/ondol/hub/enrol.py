@@ -36,7 +36,7 @@ from ondol.core.trust import (
     read_epoch,
 )
 from ondol.errors import BadSignature, Conflict, InvalidRequest, NotFound, Unauthenticated
-from ondol.hub import sites
+from ondol.hub import audit, sites
 from ondol.units import NS_PER_S
 from ondol.wire import sync
 
@@ -45,8 +45,6 @@ SCHEMA: Final[tuple[str, ...]] = (
     " remaining BIGINT NOT NULL, expires_ns BIGINT NOT NULL, made_ns BIGINT NOT NULL, used_by TEXT NOT NULL)",
     "CREATE TABLE revoked_keys(key_id TEXT NOT NULL PRIMARY KEY, site TEXT NOT NULL, until_ns BIGINT NOT NULL)",
     "CREATE TABLE epochs(number BIGINT NOT NULL PRIMARY KEY, envelope BLOB NOT NULL, issued_ns BIGINT NOT NULL)",
-    "CREATE TABLE audit(id BIGINT NOT NULL PRIMARY KEY, time_ns BIGINT NOT NULL, kind TEXT NOT NULL,"
-    " subject TEXT NOT NULL, detail TEXT NOT NULL)",
 )
 _REFUSED: Final = "this invitation is not good here: it is unknown, was used, or has ended; ask for a new one"
 FACTORY_MAX: Final = 100_000
@@ -124,7 +122,7 @@ def invite(
                 now_ns + one.minutes * 60 * NS_PER_S, now_ns,
             ),
         )  # fmt: skip
-        note(tx, now_ns, "invited", name, f"{one.count} for {one.minutes} min")
+        audit.note(tx, now_ns, "invited", name, f"{one.count} for {one.minutes} min")
         made.append((name, make_token(invite_id, secret, place)))
     tx.run("DELETE FROM invites WHERE expires_ns < ?", (now_ns - KEEP_USED_S * NS_PER_S,))
     return made
@@ -169,7 +167,7 @@ def join(tx: Tx, message: sync.Join, authority: Authority, *, now_ns: int) -> sy
         if known is not None and known.revoked_ns is not None:
             new_epoch(tx, authority, now_ns=now_ns)
     what = "joined again" if token.again else "joined"
-    note(tx, now_ns, what, doc.name, f"invitation {token.id}, software {message.software[:40]}")
+    audit.note(tx, now_ns, what, doc.name, f"invitation {token.id}, software {message.software[:40]}")
     return sync.JoinReply(
         fleet=authority.fleet, site=doc.name,
         credential=credential(authority, doc.name, message.key, now_ns=now_ns),
@@ -216,6 +214,7 @@ def host_of(address: str) -> str:
         or port == 0
         or parts.scheme not in ("http", "https")
         or parts.username is not None
+        or parts.path.strip("/") + parts.query + parts.fragment
     ):
         raise InvalidRequest(
             f"found the address {address[:64]!r}, expected one such as https://shop-7.example:8443"
@@ -250,7 +249,7 @@ def _redeem(tx: Tx, message: sync.Join, authority: Authority, now_ns: int) -> _T
         ):
             return _Token(invite_id, came.doc, again=True)
     if remaining < 1 or now_ns >= expires_ns:
-        note(tx, now_ns, "join_refused", site, f"invitation {invite_id} was used or has ended")
+        audit.note(tx, now_ns, "join_refused", site, f"invitation {invite_id} was used or has ended")
         raise Unauthenticated(_REFUSED)
     if template is None:
         if message.site not in ("", site):
@@ -303,7 +302,7 @@ def revoke(tx: Tx, name: str, authority: Authority, *, now_ns: int) -> int:
     site = sites.find(tx, name)
     if site is None and not open_:
         raise NotFound(f"there is no site {name[:64]!r}; `ondol sites list` shows those that there are")
-    note(tx, now_ns, "revoked", name, f"{open_} open invitations")
+    audit.note(tx, now_ns, "revoked", name, f"{open_} open invitations")
     if site is not None:
         sites.revoke(tx, name, now_ns)
     if site is not None and site.key is not None:
@@ -381,19 +380,3 @@ def refresh_epoch(tx: Tx, authority: Authority, *, now_ns: int) -> bool:
 def newest_number(tx: Tx) -> int:
     """The number of the newest list; 0 before the first."""
     return int(tx.run("SELECT COALESCE(MAX(number), 0) FROM epochs")[0][0])
-
-
-def note(tx: Tx, now_ns: int, kind: str, subject: str, detail: str) -> None:
-    """One line of the hub's own audit."""
-    number = int(tx.run("SELECT COALESCE(MAX(id), 0) + 1 FROM audit")[0][0])
-    tx.run(
-        "INSERT INTO audit(id, time_ns, kind, subject, detail) VALUES(?,?,?,?,?)",
-        (number, now_ns, kind, subject[:200], detail[:500]),
-    )
-
-
-def audit(tx: Tx, limit: int) -> list[dict[str, object]]:
-    """The newest lines of the audit, newest first."""
-    rows = tx.run("SELECT id, time_ns, kind, subject, detail FROM audit ORDER BY id DESC LIMIT ?", (limit,))
-    names = ("id", "time_ns", "kind", "subject", "detail")
-    return [dict(zip(names, row, strict=True)) for row in rows]

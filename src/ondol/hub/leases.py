@@ -6,12 +6,14 @@ spent until the site itself says less: a hub cannot know what a silent site has 
 simply replaced by what the newest call says, plus what is granted with it:
 
     held by the site  <=  granted here;      sum of granted  <=  amount
+
+A hub that was restored from an older backup has forgotten grants: hub/freeze.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -19,6 +21,7 @@ from ondol.core.catalog import BudgetDoc
 from ondol.core.money import Money, money
 from ondol.core.ports import Tx
 from ondol.errors import InvalidRequest
+from ondol.hub import freeze
 from ondol.hub.decide.leases import TERM_S, Holder, grant, left_of, plausible
 from ondol.units import NS_PER_S
 from ondol.wire.sync import Lease, LeaseReply
@@ -27,19 +30,35 @@ SCHEMA: Final[tuple[str, ...]] = (
     """CREATE TABLE lease_grants(
         budget TEXT NOT NULL, currency TEXT NOT NULL, period TEXT NOT NULL, site TEXT NOT NULL,
         number BIGINT NOT NULL, granted TEXT NOT NULL, spent TEXT NOT NULL,
-        term_ends_ns BIGINT NOT NULL, heard_ns BIGINT NOT NULL,
+        term_ends_ns BIGINT NOT NULL, heard_ns BIGINT NOT NULL, era BIGINT NOT NULL, declared TEXT NOT NULL,
         PRIMARY KEY(budget, currency, period, site))""",
     "CREATE INDEX lease_grants_site ON lease_grants(site)",
+    *freeze.SCHEMA,
 )
-"""Amounts are decimal text in scaled units.  The currency is in the key: a budget that changes it begins anew."""
+"""Amounts are decimal text in scaled units.  The currency is in the key: a budget that changes it begins anew.
+
+`declared` is what the site held when it first spoke in the era `era` (0: never since a freeze); `heard_ns` only rises.
+"""
 
 _DIGITS_MAX: Final = 30
 _PUT: Final = (
-    "INSERT INTO lease_grants(budget, currency, period, site, number, granted, spent, term_ends_ns, heard_ns)"
-    " VALUES(?,?,?,?,?,?,?,?,?) ON CONFLICT (budget, currency, period, site) DO UPDATE SET"
+    "INSERT INTO lease_grants(budget, currency, period, site, number, granted, spent, term_ends_ns, heard_ns, era,"
+    " declared) VALUES(?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (budget, currency, period, site) DO UPDATE SET"
     " number = excluded.number, granted = excluded.granted, spent = excluded.spent,"
-    " term_ends_ns = excluded.term_ends_ns, heard_ns = excluded.heard_ns"
+    " term_ends_ns = excluded.term_ends_ns, heard_ns = excluded.heard_ns, era = excluded.era,"
+    " declared = excluded.declared"
 )
+_SETTLING: Final = "the hub has just started, and hears its sites before it grants anything new; ask again"
+
+
+class _Row(NamedTuple):
+    """What one site holds, as it is written."""
+
+    holder: Holder
+    number: int = 0
+    heard_ns: int = 0
+    era: int = 0
+    declared: int = 0
 
 
 class SiteShare(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,7 +71,10 @@ class SiteShare(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FleetBudget(msgspec.Struct, frozen=True, kw_only=True):
-    """One budget in one period over all sites; amounts are decimal text in `currency`."""
+    """One budget in one period over all sites; amounts are decimal text in `currency`.
+
+    `frozen` says why no more than `left` is granted, though less is held than the amount.
+    """
 
     name: str
     period: str
@@ -64,48 +86,92 @@ class FleetBudget(msgspec.Struct, frozen=True, kw_only=True):
     left: str
     over: bool
     sites: tuple[SiteShare, ...]
+    frozen: str = ""
 
 
 def take_lease(
-    tx: Tx, site: str, message: Lease, *, budget: BudgetDoc, now_ns: int, term_s: float = TERM_S
-) -> LeaseReply:
+    tx: Tx, site: str, message: Lease, *, budget: BudgetDoc, now_ns: int, term_s: float = TERM_S,
+    settling: bool = False,
+) -> LeaseReply:  # fmt: skip
     """Take what a site says of a budget, grant what it may have, and answer with the whole.  O(sites).
 
     A call whose number is not above the last one changes nothing and is answered with the present state.  A soft
-    budget refuses nothing: its rows only say who spent how much.
+    budget refuses nothing: its rows only say who spent how much.  `settling`: the hub has just started, and grants
+    nothing yet.
 
     Raises:
         InvalidRequest: the message is about another budget or currency, about a period that is not now, or an
             amount in it is no number.
     """
-    spent, want = _units(message.spent, "spent"), _units(message.want, "want")
-    least = _units(message.least, "least")
+    want, least = _units(message.want, "want"), _units(message.least, "least")
+    spent = _units(message.spent, "spent")
     _check(message, budget, want, now_ns)
-    known = {one.site: (one, number) for one, number in _rows(tx, budget, message.period)}
-    mine, number = known.get(site, (Holder(site, 0, 0), 0))
-    others = tuple([one for one, _ in known.values() if one.site != site])
+    known = _rows(tx, budget, message.period)
+    row = known.get(site, _Row(Holder(site, 0, 0)))
     amount = money(budget.amount, budget.currency).amount
-    if message.number > number:
-        if message.granted:
-            held = _units(message.granted, "granted")
-        else:
-            held = mine.granted - _units(message.give_back, "give_back")
-        # A site that was charged more than it held tells the truth, and the truth counts.
-        mine, number = Holder(site, max(held, spent), spent), message.number
-        if budget.hard:
-            more = grant(amount, (*others, mine), site, want=want, least=least)
-            mine = Holder(site, mine.granted + more, spent)
+    withheld, why = 0, ""
+    if message.number > row.number:
+        row = known[site] = _said(tx, site, message, row, spent=spent, budget=budget, now_ns=now_ns)
+        holders = tuple([one.holder for one in known.values()])
+        if budget.hard and want > 0:
+            withheld, why = _withheld(tx, amount, known, budget, message.period)
+            if settling or (why and row.era != freeze.era(tx)):
+                more, why = 0, why or _SETTLING
+            else:
+                others = (*holders, Holder("", withheld, 0)) if withheld else holders
+                more = grant(amount, others, site, want=want, least=least)
+                why = "" if more else why
+            row = known[site] = row._replace(holder=Holder(site, row.holder.granted + more, spent))
         ends_ns = now_ns + int(term_s * NS_PER_S)
-        row = (budget.name, budget.currency, message.period, site, number)
-        tx.run(_PUT, (*row, str(mine.granted), str(mine.spent), ends_ns, now_ns))
+        values = (str(row.holder.granted), str(spent), ends_ns, row.heard_ns, row.era, str(row.declared))
+        tx.run(_PUT, (budget.name, budget.currency, message.period, site, row.number, *values))
+    left = left_of(amount, tuple([one.holder for one in known.values()]))
     return LeaseReply(
-        budget=budget.name,
-        period=message.period,
-        number=number,
-        granted=str(mine.granted),
-        term_s=term_s,
-        left=str(left_of(amount, (*others, mine))),
+        budget=budget.name, period=message.period, number=row.number, granted=str(row.holder.granted), term_s=term_s,
+        left=str(max(left - withheld, 0)), frozen=why, hub_ns=row.heard_ns,
+    )  # fmt: skip
+
+
+def _said(
+    tx: Tx, site: str, message: Lease, row: _Row, *, spent: int, budget: BudgetDoc, now_ns: int
+) -> _Row:
+    """The row as the site says it; a freeze begins where it holds more than this hub has granted to it."""
+    if message.granted:
+        held = _units(message.granted, "granted")
+    else:
+        held = row.holder.granted - _units(message.give_back, "give_back")
+    number, fresh = freeze.era(tx), False
+    explained = row.era != number and freeze.covers(number, budget, message.period)
+    if held > row.holder.granted and not (explained and freeze.is_awaited(tx, site)):
+        why = f"{site} holds more of budget {budget.name} in {message.period} than this hub has granted to it"
+        number, fresh = freeze.begin(tx, why, now_ns=now_ns), True
+    # A site that was charged more than it held tells the truth, and the truth counts.
+    held = max(held, spent)
+    row = row._replace(
+        holder=Holder(site, held, spent), number=message.number, heard_ns=max(now_ns, row.heard_ns)
     )
+    # An older release does not say the era; what it says after the freeze began is taken as said since.
+    since = not fresh if message.era is None else message.era == number
+    return row._replace(era=number, declared=held) if since and row.era != number else row
+
+
+def _withheld(
+    tx: Tx, amount: int, known: Mapping[str, _Row], budget: BudgetDoc, period: str
+) -> tuple[int, str]:
+    """How much of what nobody is known to hold silent sites may hold after all, and the sentence on it.
+
+    All sites together held no more than the amount when the freeze began, whoever held how much.  So nothing new
+    may be granted but what came back since from sites that had said what they hold.
+    """
+    number = freeze.era(tx)
+    waiting = freeze.silent(tx, number, budget, period) if freeze.covers(number, budget, period) else []
+    # But for the one who says it with the very call that is being answered.
+    waiting = [site for site in waiting if site not in known or known[site].era != number]
+    if not waiting:
+        return 0, ""
+    back = sum(one.declared - one.holder.granted for one in known.values() if one.era == number)
+    left = left_of(amount, tuple([one.holder for one in known.values()]))
+    return left - min(max(back, 0), left), freeze.sentence(number, waiting)
 
 
 def reclaim(tx: Tx, site: str, spent: Mapping[tuple[str, str, str], int], *, now_ns: int) -> tuple[str, ...]:
@@ -115,15 +181,15 @@ def reclaim(tx: Tx, site: str, spent: Mapping[tuple[str, str, str], int], *, now
     units by (budget, currency, period).  A grant whose term goes on is left alone, since the site may use it yet.
     """
     rows = tx.run(
-        "SELECT budget, currency, period, number, granted, term_ends_ns, heard_ns FROM lease_grants"
+        "SELECT budget, currency, period, number, granted, term_ends_ns, heard_ns, era, declared FROM lease_grants"
         " WHERE site = ? AND term_ends_ns < ?",
         (site, now_ns),
     )
     freed = []
-    for name, currency, period, number, granted, ends_ns, heard_ns in rows:
+    for name, currency, period, number, granted, *rest in rows:
         used = spent.get((name, currency, period), 0)
         if used < int(granted):
-            tx.run(_PUT, (name, currency, period, site, number, str(used), str(used), ends_ns, heard_ns))
+            tx.run(_PUT, (name, currency, period, site, number, str(used), str(used), *rest))
             freed.append(name)
     return tuple(dict.fromkeys(freed))
 
@@ -137,48 +203,48 @@ def status(tx: Tx, budgets: Iterable[BudgetDoc]) -> list[FleetBudget]:
     """Every budget in every period of which some site holds a part: by name, the newest period first."""
     found = []
     for budget in sorted(budgets, key=lambda one: one.name):
-        rows = tx.run(
-            "SELECT period, site, granted, spent, heard_ns FROM lease_grants"
-            " WHERE budget = ? AND currency = ? ORDER BY period DESC, site",
+        periods = tx.run(
+            "SELECT DISTINCT period FROM lease_grants WHERE budget = ? AND currency = ? ORDER BY period DESC",
             (budget.name, budget.currency),
         )
-        for period in dict.fromkeys([row[0] for row in rows]):
-            found.append(_fleet_budget(budget, period, [row for row in rows if row[0] == period]))
+        found += [_fleet_budget(tx, budget, period) for (period,) in periods]
     return found
 
 
-def _fleet_budget(budget: BudgetDoc, period: str, rows: list[tuple[str, str, str, str, int]]) -> FleetBudget:
+def _fleet_budget(tx: Tx, budget: BudgetDoc, period: str) -> FleetBudget:
     def text(units: int) -> str:
         return str(Money(units, budget.currency)).partition(" ")[0]
 
     amount = money(budget.amount, budget.currency).amount
-    holders = tuple([Holder(site, int(granted), int(spent)) for _, site, granted, spent, _ in rows])
-    spent_in_all = sum(one.spent for one in holders)
+    rows = _rows(tx, budget, period)
+    holders = tuple([rows[site].holder for site in sorted(rows)])
+    withheld, frozen = _withheld(tx, amount, rows, budget, period) if budget.hard else (0, "")
+    spent = sum(one.spent for one in holders)
     return FleetBudget(
-        name=budget.name,
-        period=period,
-        currency=budget.currency,
-        hard=budget.hard,
-        amount=text(amount),
-        granted=text(sum(one.granted for one in holders)),
-        spent=text(spent_in_all),
-        left=text(left_of(amount, holders)),
-        over=spent_in_all > amount,
+        name=budget.name, period=period, currency=budget.currency, hard=budget.hard, amount=text(amount),
+        granted=text(sum(one.granted for one in holders)), spent=text(spent),
+        left=text(left_of(amount, holders) - withheld), over=spent > amount, frozen=frozen,
         sites=tuple(
             [
-                SiteShare(site=site, granted=text(int(granted)), spent=text(int(spent)), heard_ns=heard_ns)
-                for _, site, granted, spent, heard_ns in rows
+                SiteShare(
+                    site=one.site, granted=text(one.granted), spent=text(one.spent), heard_ns=rows[one.site].heard_ns
+                )
+                for one in holders
             ]
         ),
-    )
+    )  # fmt: skip
 
 
-def _rows(tx: Tx, budget: BudgetDoc, period: str) -> list[tuple[Holder, int]]:
+def _rows(tx: Tx, budget: BudgetDoc, period: str) -> dict[str, _Row]:
     rows = tx.run(
-        "SELECT site, granted, spent, number FROM lease_grants WHERE budget = ? AND currency = ? AND period = ?",
+        "SELECT site, granted, spent, number, heard_ns, era, declared FROM lease_grants"
+        " WHERE budget = ? AND currency = ? AND period = ?",
         (budget.name, budget.currency, period),
     )
-    return [(Holder(site, int(granted), int(spent)), number) for site, granted, spent, number in rows]
+    return {
+        site: _Row(Holder(site, int(granted), int(spent)), number, heard_ns, era, int(declared))
+        for site, granted, spent, number, heard_ns, era, declared in rows
+    }
 
 
 def _check(message: Lease, budget: BudgetDoc, want: int, now_ns: int) -> None:

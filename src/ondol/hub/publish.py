@@ -19,7 +19,7 @@ from ondol.core.fleet import FLEET_KINDS, Fleet, fleet_of, resolve
 from ondol.core.identity import ApiKey
 from ondol.core.ports import Tx
 from ondol.errors import NotFound
-from ondol.hub import sites
+from ondol.hub import freeze, sites
 from ondol.hub.enrol import Authority
 from ondol.hub.keys import useful
 
@@ -44,13 +44,15 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
 class Numbers(msgspec.Struct, frozen=True, kw_only=True):
     """The newest numbers, as a watch announces them: of the fleet, of sites that differ, of the epoch.
 
-    `changes` rises with every change of what a site would be sent: of documents, sites or keys.
+    `changes` rises with every change of what a site would be sent: of documents, sites or keys.  `era` is that of the
+    newest freeze of grants (hub/freeze.py).
     """
 
     generation: int
     wanted: Mapping[str, int]
     epoch: int
     changes: int
+    era: int = 0
 
     def of(self, site: str) -> int:
         """The generation that a site shall run; 0 before the first."""
@@ -73,7 +75,7 @@ def apply(
         digest = digest_of(body)
         refs.append(DocumentRef(kind, document.name, digest))
         tx.run("INSERT INTO bodies(digest, body) VALUES(?,?) ON CONFLICT(digest) DO NOTHING", (digest, body))
-    number = max(_newest(tx), sites.highest_generation(tx)) + 1
+    number = max(newest(tx), sites.highest_generation(tx)) + 1
     tx.run(
         "INSERT INTO generations(number, made_ns, author, message, documents) VALUES(?,?,?,?,?)",
         (number, now_ns, author[:200], message[:500], msgspec.json.encode(refs)),
@@ -102,7 +104,7 @@ def rollback(tx: Tx, to: int | None, *, author: str, now_ns: int) -> tuple[int, 
     if body is None:
         known = ", ".join(str(number) for number, _ in rows[:10])
         raise NotFound(f"there is no generation {to}; the newest are {known or 'none'}")
-    number = max(_newest(tx), sites.highest_generation(tx)) + 1
+    number = max(newest(tx), sites.highest_generation(tx)) + 1
     tx.run(
         "INSERT INTO generations(number, made_ns, author, message, documents) VALUES(?,?,?,?,?)",
         (number, now_ns, author[:200], f"rollback to {to}", body),
@@ -154,8 +156,9 @@ def numbers(tx: Tx) -> Numbers:
     differing = {site: int(number) for site, number in tx.run("SELECT site, generation FROM wanted")}
     epoch = int(tx.run("SELECT COALESCE(MAX(number), 0) FROM epochs")[0][0])
     return Numbers(
-        generation=fleet_generation(tx), wanted=differing, epoch=epoch, changes=_get(tx, "changes")
-    )
+        generation=fleet_generation(tx), wanted=differing, epoch=epoch, changes=_get(tx, "changes"),
+        era=freeze.era(tx),
+    )  # fmt: skip
 
 
 def generations(tx: Tx, limit: int) -> list[Generation]:
@@ -230,7 +233,8 @@ def desired_for(
     return sign_manifest(authority.private, manifest), bodies
 
 
-def _newest(tx: Tx) -> int:
+def newest(tx: Tx) -> int:
+    """The number of the newest generation; 0 before the first."""
     return int(tx.run("SELECT COALESCE(MAX(number), 0) FROM generations")[0][0])
 
 

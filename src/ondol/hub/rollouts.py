@@ -22,7 +22,7 @@ from ondol.core.catalog import RolloutDoc
 from ondol.core.fleet import Fleet, selected
 from ondol.core.ports import Tx
 from ondol.errors import Conflict, NotFound
-from ondol.hub import enrol, ingest, publish, sites
+from ondol.hub import audit, ingest, publish, sites
 from ondol.hub.decide.evidence import Before, before_of, facts_of
 from ondol.hub.decide.rollout import OVER, Action, Facts, Look, State, decide, looks, order, sizes
 from ondol.hub.sites import SiteRow
@@ -277,7 +277,7 @@ def _finish(tx: Tx, one: Rollout, now_ns: int, why: str) -> Rollout:
 
 def _go_back(tx: Tx, one: Rollout, why: str, *, now_ns: int) -> Rollout:
     back, _ = publish.rollback(tx, one.previous, author="the hub", now_ns=now_ns)
-    enrol.note(tx, now_ns, "rollout aborted", str(one.id), why[:_WHY])
+    audit.note(tx, now_ns, "rollout aborted", str(one.id), why[:_WHY])
     one = msgspec.structs.replace(one, state="aborted", ended=why, ended_ns=now_ns, back=back)
     _put(tx, one)
     said = f"aborted: generation {back} brings back the documents of {one.previous}"

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Final
 
-from ondol.hub import artifacts, enrol, ingest, keys, leases, publish, replicas, rollouts, sites
+from ondol.hub import artifacts, audit, enrol, ingest, keys, leases, publish, replicas, rollouts, sites
 
 MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
     (
-        *sites.SCHEMA, *enrol.SCHEMA, *keys.SCHEMA, *publish.SCHEMA, *ingest.SCHEMA, *leases.SCHEMA, *rollouts.SCHEMA,
-        *artifacts.SCHEMA, *replicas.SCHEMA,
+        *sites.SCHEMA, *enrol.SCHEMA, *audit.SCHEMA, *keys.SCHEMA, *publish.SCHEMA, *ingest.SCHEMA, *leases.SCHEMA,
+        *rollouts.SCHEMA, *artifacts.SCHEMA, *replicas.SCHEMA,
     ),
 )  # fmt: skip
 """Step n leads from schema version n to n + 1.  A step that has been released is never edited."""

@@ -34,7 +34,7 @@ from ondol.core.fleet import Fleet
 from ondol.core.invites import HubPlace
 from ondol.core.ports import Database
 from ondol.errors import OndolError, StateError
-from ondol.hub import ingest, leases, replicas
+from ondol.hub import audit, freeze, ingest, leases, replicas
 from ondol.hub.admin import HubAdmin
 from ondol.hub.app import HubApp
 from ondol.hub.enrol import Authority
@@ -68,16 +68,17 @@ class Store(Database, Protocol):
         ...
 
 
-def run_hub(doc: HubDoc, *, folder: Path, check: Check) -> int:
+def run_hub(doc: HubDoc, *, folder: Path, check: Check, restored: bool = False) -> int:
     """Run one hub until SIGTERM or Ctrl-C; the exit code (0 stopped, 1 could not start or serve).
 
-    Relative paths of the document start at `folder`.  `check` checks the documents of a fleet.
+    Relative paths of the document start at `folder`.  `check` checks the documents of a fleet.  `restored` says that
+    the database was put back from an older copy.
     """
     log_as_json()
     try:
         with lock_directory(folder / doc.data):
             must_be_free(doc.listen)
-            return uvloop.run(_Running(doc, folder, check).run())
+            return uvloop.run(_Running(doc, folder, check, restored).run())
     except OndolError as error:
         print(f"ondol: {error.message}", file=sys.stderr)
         return 1
@@ -86,8 +87,9 @@ def run_hub(doc: HubDoc, *, folder: Path, check: Check) -> int:
 class _Running:
     """One running hub.  Owns every adapter and every background task."""
 
-    def __init__(self, doc: HubDoc, folder: Path, check: Check) -> None:
+    def __init__(self, doc: HubDoc, folder: Path, check: Check, restored: bool) -> None:
         self._doc = doc
+        self._restored = restored
         self._data = folder / doc.data
         self._models = folder / doc.models
         self._check = check
@@ -118,7 +120,7 @@ class _Running:
         )  # fmt: skip
         identity = _identity(authority, ca)
         await database.write(lambda tx: replicas.claim(tx, identity))
-        await hub.start()
+        await hub.start(restored=self._restored)
         models = FleetModels(self._models)
         uploads = HubUploads(Uploads(models), hub, asyncio.to_thread)
         admin = HubAdmin(hub, self._checked)
@@ -226,6 +228,9 @@ class _Running:
         await hub.database.write(lambda tx: ingest.prune_telemetry(tx, before_ns=before))
         long_ago = now_ns - LEASES_KEPT_DAYS * day_ns
         await hub.database.write(lambda tx: leases.forget(tx, heard_before_ns=long_ago))
+        await hub.database.write(lambda tx: freeze.forget(tx, now_ns=now_ns))
+        audit_before = now_ns - self._doc.audit_days * day_ns
+        await hub.database.write(lambda tx: audit.prune(tx, before_ns=audit_before))
 
     def _note(self, event: str, **fields: str) -> None:
         self._metrics.noted(event)

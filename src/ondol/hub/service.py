@@ -20,8 +20,8 @@ from ondol.core.identity import ApiKey
 from ondol.core.invites import HubPlace
 from ondol.core.ports import Clock, Database, Tx
 from ondol.core.trust import HUB, Credential, Trust, authenticate_site
-from ondol.errors import ConfigError, Forbidden, HubRefused, NotFound, OndolError, Unauthenticated
-from ondol.hub import enrol, ingest, keys, leases, publish, rollouts, sessions, sites
+from ondol.errors import ConfigError, HubRefused, NotFound, OndolError, Unauthenticated
+from ondol.hub import enrol, freeze, ingest, keys, leases, publish, rollouts, sessions, sites
 from ondol.hub.enrol import Authority
 from ondol.hub.liveness import Liveness
 from ondol.hub.publish import Numbers
@@ -63,17 +63,34 @@ class Hub:
         self._looking = asyncio.Lock()
         self.numbers = Numbers(generation=0, wanted={}, epoch=0, changes=0)
         self._news = asyncio.Event()
+        self._unheard: set[str] = set()
+        self._settled_ns = 0
         self.watches = 0
         self._calls: dict[str, Callable[[Credential, bytes], Awaitable[sync.Message]]] = {
             "hello": self._hello, "renew": self._renew, "desired": self._desired, "usage": self._usage,
             "events": self._events, "report": self._report, "lease": self._lease,
         }  # fmt: skip
 
-    async def start(self) -> None:
-        """Issue the first list of who is out, and learn the newest numbers."""
+    async def start(self, *, restored: bool = False) -> None:
+        """Issue the first list of who is out, and learn the newest numbers.  `restored`: an operator says so."""
         now_ns = self.clock.wall_ns()
-        await self.database.write(lambda tx: enrol.ensure_epoch(tx, self.authority, now_ns=now_ns))
+
+        def work(tx: Tx) -> set[str]:
+            enrol.ensure_epoch(tx, self.authority, now_ns=now_ns)
+            if restored:
+                freeze.begin(tx, "an operator said that the hub was restored", now_ns=now_ns)
+            return {
+                name for name, one in sites.speakers(tx).items() if one.key is not None and not one.is_out
+            }
+
+        self._unheard = await self.database.write(work)
+        self._settle(went_back=restored)
         await self.look()
+
+    def _settle(self, *, went_back: bool) -> None:
+        """Grant nothing for half a minute, or until all known sites spoke; a hub that went back may not know all."""
+        self._unheard |= {""} if went_back else set()
+        self._settled_ns = self.clock.now_ns() + int(freeze.SETTLE_S * NS_PER_S)
 
     # ---- what sites call
 
@@ -87,9 +104,8 @@ class Hub:
             return sync.encode(await self._join(sync.decode(body, sync.Join)))
         call = self._calls.get(name)
         if call is None:
-            raise NotFound(
-                f"sync: there is no call {name[:32]!r}; there are join, watch, {', '.join(self._calls)}"
-            )
+            calls = ", ".join(["join", "watch", *self._calls])
+            raise NotFound(f"sync: there is no call {name[:32]!r}; there are {calls}")
         return sync.encode(await call(self.authenticate(authorization), body))
 
     async def watch(self, authorization: str | None, body: bytes) -> AsyncIterator[bytes]:
@@ -119,12 +135,10 @@ class Hub:
         news.set()
 
     def _announcement(self, site: str) -> sync.Announcement:
+        now = self.numbers
         return sync.Announcement(
-            generation=self.numbers.of(site),
-            epoch=self.numbers.epoch,
-            hub_ns=self.clock.wall_ns(),
-            changes=self.numbers.changes,
-        )
+            generation=now.of(site), epoch=now.epoch, hub_ns=self.clock.wall_ns(), changes=now.changes, era=now.era
+        )  # fmt: skip
 
     async def let_in(self, authorization: str | None) -> str:
         """The name of the site that asks for a file.
@@ -134,7 +148,7 @@ class Hub:
         """
         credential = self.authenticate(authorization)
         if not self._roster.lets_in(credential, self.clock.now_ns()):
-            await self.database.read(lambda tx: _known(tx, credential))
+            await self.database.read(lambda tx: sites.require(tx, credential))
         return credential.site
 
     def authenticate(self, authorization: str | None) -> Credential:
@@ -163,7 +177,7 @@ class Hub:
         due = self.liveness.due(site, mono_ns)
 
         def whole(tx: Tx) -> T:
-            _known(tx, credential)
+            sites.require(tx, credential)
             sessions.require_instance(tx, site, instance)
             if due:
                 sites.heard(tx, site, now_ns, 0)
@@ -202,38 +216,54 @@ class Hub:
         message, site = sync.decode(body, sync.Hello), credential.site
         now_ns, mono_ns = self.clock.wall_ns(), self.clock.now_ns()
 
-        def work(tx: Tx) -> sync.HelloReply:
-            _known(tx, credential)
-            row = sites.get(tx, site)
-            live = self.liveness.live(site, row.instance, mono_ns, now_ns - row.heard_ns)
-            wait_s, challenge = sessions.hello(
-                tx,
-                site,
-                message,
-                now_ns=now_ns,
-                live=live,
-                new_challenge=lambda: self.rng.randbytes(16).hex(),
-            )
-            mark, mark_hash = ingest.mark_of(tx, message.gateway)
-            if not wait_s and not challenge:
-                sites.heard(tx, site, now_ns, message.generation)
-            return sync.HelloReply(
-                hub_ns=now_ns, generation=publish.wanted(tx, site), epoch=enrol.newest_number(tx), mark=mark,
-                mark_hash=mark_hash, wait_s=wait_s, challenge=challenge,
-            )  # fmt: skip
+        def work(tx: Tx) -> tuple[sync.HelloReply | OndolError, str]:
+            try:
+                sites.require(tx, credential)
+            except Unauthenticated as error:
+                if not freeze.stranger(tx, credential, now_ns=now_ns):
+                    raise
+                return error, f"{site} has joined, and this hub does not know it"  # kept, not rolled back
+            return self._greet(tx, site, message, now_ns, mono_ns)
 
-        reply = await self.database.write(work)
+        reply, why = await self.database.write(work)
+        if why:
+            self._note("grants_frozen", site=site, why=why)
+            self._settle(went_back=True)
+            await self.look()
+        if isinstance(reply, OndolError):
+            raise reply
         if not reply.wait_s and not reply.challenge:
             self.liveness.heard(site, mono_ns)
+            self._unheard.discard(site)
         if message.acknowledged > reply.mark:
             self._note("hub_went_back", site=site, had=str(message.acknowledged), has=str(reply.mark))
         return reply
+
+    def _greet(
+        self, tx: Tx, site: str, message: sync.Hello, now_ns: int, mono_ns: int
+    ) -> tuple[sync.HelloReply, str]:
+        """The answer to a hello, and why a freeze of grants began with it."""
+        row = sites.get(tx, site)
+        live = self.liveness.live(site, row.instance, mono_ns, now_ns - row.heard_ns)
+        wait_s, challenge = sessions.hello(
+            tx, site, message, now_ns=now_ns, live=live, new_challenge=lambda: self.rng.randbytes(16).hex()
+        )  # fmt: skip
+        mark, mark_hash = ingest.mark_of(tx, message.gateway)
+        why = ""
+        if not wait_s and not challenge:
+            why = freeze.greeted(tx, row, message, newest=publish.newest(tx), mark=mark, now_ns=now_ns)
+            sites.heard(tx, site, now_ns, message.generation)
+        reply = sync.HelloReply(
+            hub_ns=now_ns, generation=publish.wanted(tx, site), epoch=enrol.newest_number(tx), mark=mark,
+            mark_hash=mark_hash, wait_s=wait_s, challenge=challenge, era=freeze.era(tx),
+        )  # fmt: skip
+        return reply, why
 
     async def _renew(self, credential: Credential, body: bytes) -> sync.RenewReply:
         message, now_ns = sync.decode(body, sync.Renew), self.clock.wall_ns()
 
         def work(tx: Tx) -> str:
-            _known(tx, credential)
+            sites.require(tx, credential)
             return sites.get(tx, credential.site).doc.address or ""
 
         address = await self.database.read(work)
@@ -247,7 +277,7 @@ class Hub:
         message, site, now_ns = sync.decode(body, sync.Fetch), credential.site, self.clock.wall_ns()
 
         def work(tx: Tx) -> tuple[int, int, tuple[ApiKey, ...], Envelope]:
-            _known(tx, credential)
+            sites.require(tx, credential)
             sessions.require_instance(tx, site, message.instance)
             epoch = enrol.current_epoch(tx, self.authority, now_ns=now_ns)
             return publish.wanted(tx, site), publish.changes(tx), keys.good(tx, now_ns), epoch
@@ -287,20 +317,17 @@ class Hub:
 
     async def _usage(self, credential: Credential, body: bytes) -> sync.RangeReply:
         message, now_ns = sync.decode(body, sync.Range), self.clock.wall_ns()
+        site, key = credential.site, credential.key
         return await self._as(
-            credential,
-            message.instance,
-            lambda tx: ingest.take_range(
-                tx, credential.site, message, site_key=credential.key, now_ns=now_ns
-            ),
-        )
+            credential, message.instance,
+            lambda tx: ingest.take_range(tx, site, message, site_key=key, now_ns=now_ns),
+        )  # fmt: skip
 
     async def _events(self, credential: Credential, body: bytes) -> sync.EventsReply:
         message, now_ns = sync.decode(body, sync.Events), self.clock.wall_ns()
+        site = credential.site
         return await self._as(
-            credential,
-            message.instance,
-            lambda tx: ingest.take_events(tx, credential.site, message, now_ns=now_ns),
+            credential, message.instance, lambda tx: ingest.take_events(tx, site, message, now_ns=now_ns)
         )
 
     async def _report(self, credential: Credential, body: bytes) -> sync.ReportReply:
@@ -320,10 +347,11 @@ class Hub:
         budget = fleet.budgets.get(message.budget)
         if budget is None:
             raise NotFound(f"lease: the fleet has no budget {message.budget[:64]!r} at {site}")
+        settling = bool(self._unheard) and self.clock.now_ns() < self._settled_ns
         return await self._as(
             credential,
             message.instance,
-            lambda tx: leases.take_lease(tx, site, message, budget=budget, now_ns=now_ns),
+            lambda tx: leases.take_lease(tx, site, message, budget=budget, now_ns=now_ns, settling=settling),
         )
 
     # ---- what the hub does by itself
@@ -357,7 +385,7 @@ class Hub:
             if speakers is not None:
                 self._roster.take(speakers, number, now_ns)
             self.numbers = now
-        if (now.generation, now.wanted, now.epoch) != (before.generation, before.wanted, before.epoch):
+        if msgspec.structs.replace(now, changes=0) != msgspec.structs.replace(before, changes=0):
             self.wake()
 
 
@@ -368,18 +396,3 @@ async def _until(news: asyncio.Event) -> None:
             await news.wait()
     except TimeoutError:
         return
-
-
-def _known(tx: Tx, credential: Credential) -> None:
-    """The key must be the one that the site has now, and the site must not be out."""
-    row = sites.find(tx, credential.site)
-    if row is None or row.key is None:
-        raise Unauthenticated(
-            f"this hub does not know site {credential.site}; was it restored from an older backup? Invite it again"
-        )
-    if row.revoked_ns is not None:
-        raise Forbidden(f"site {credential.site} was revoked")
-    if row.key != credential.key:
-        raise Unauthenticated(
-            f"site {credential.site} has joined again with another key; this one is not good any more"
-        )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import msgspec
 
-from ondol.core.catalog import Name, Positive
+from ondol.core.fields import Name, Positive
 
 Url = Annotated[str, msgspec.Meta(pattern=r"^https://[^\s/]+$")]
 
@@ -19,7 +19,8 @@ class HubDoc(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     several replicas share; the files `hub.key`, `pepper.key`, `ca.key`, `ca.pem` and `admin.key` of the first one's
     `data` are then copied to every other before its first start, and it refuses to start with others.
     `credential_hours`: how long a site goes on being believed by other sites while the hub is away.
-    `stale_days`: after how long without a newer list of who is out no site lets another in.
+    `stale_days`: after how long without a newer list of who is out no site lets another in.  `audit_days`: how long
+    the hub's own audit is kept.
     """
 
     name: Name
@@ -33,3 +34,4 @@ class HubDoc(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stale_days: Positive = 7
     connections: Positive = 8192
     telemetry_days: Positive = 7
+    audit_days: Positive = 400

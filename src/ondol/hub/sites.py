@@ -11,7 +11,8 @@ import msgspec
 
 from ondol.core.catalog import SiteDoc
 from ondol.core.ports import Tx
-from ondol.errors import NotFound
+from ondol.core.trust import Credential
+from ondol.errors import Forbidden, NotFound, Unauthenticated
 
 SCHEMA: Final[tuple[str, ...]] = (
     "CREATE TABLE sites(name TEXT NOT NULL PRIMARY KEY, doc TEXT NOT NULL, key BLOB, joined_ns BIGINT,"
@@ -86,6 +87,26 @@ def get(tx: Tx, name: str) -> SiteRow:
     if found is None:
         raise NotFound(f"there is no site {name[:64]!r}; `ondol sites list` shows those that there are")
     return found
+
+
+def require(tx: Tx, credential: Credential) -> None:
+    """The key must be the one that the site has now, and the site must not be out.
+
+    Raises:
+        Unauthenticated: there is no such site, or its key is another.
+        Forbidden: it was revoked.
+    """
+    row = find(tx, credential.site)
+    if row is None or row.key is None:
+        raise Unauthenticated(
+            f"this hub does not know site {credential.site}; was it restored from an older backup? Invite it again"
+        )
+    if row.revoked_ns is not None:
+        raise Forbidden(f"site {credential.site} was revoked")
+    if row.key != credential.key:
+        raise Unauthenticated(
+            f"site {credential.site} has joined again with another key; this one is not good any more"
+        )
 
 
 def everyone(tx: Tx) -> list[SiteRow]:

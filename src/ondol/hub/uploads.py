@@ -20,7 +20,7 @@ from ondol.core import chunks
 from ondol.core.chunks import Artifact, Span
 from ondol.core.dsse import Envelope
 from ondol.errors import InvalidRequest, NotFound, TooLarge
-from ondol.hub import artifacts, enrol
+from ondol.hub import artifacts, audit
 from ondol.hub.service import Hub
 
 PREFIX: Final = "/v1/hub/models/"
@@ -116,7 +116,7 @@ class HubUploads:
 
         def work(tx: Any) -> None:
             artifacts.publish(tx, envelope, hub.authority.keys, now_ns=now_ns, replace=wanted.replace)
-            enrol.note(tx, now_ns, "model published", wanted.name, digest)
+            audit.note(tx, now_ns, "model published", wanted.name, digest)
 
         await hub.database.write(work)
         return {"name": wanted.name, "digest": digest, "size": artifact.size, "format": artifact.format}
@@ -126,7 +126,7 @@ class HubUploads:
 
         def work(tx: Any) -> str:
             digest = artifacts.withdraw(tx, name)
-            enrol.note(tx, now_ns, "model withdrawn", name, digest)
+            audit.note(tx, now_ns, "model withdrawn", name, digest)
             return digest
 
         return {"name": name, "digest": await self._hub.database.write(work), "withdrawn": True}

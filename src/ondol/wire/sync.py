@@ -106,6 +106,9 @@ class Hello(Message, frozen=True, kw_only=True):
 
     `boot` counts the starts of its data directory, durably; `instance` is random for each start.  Two machines
     that were made from one disk image are seen by it: both say the same site, and both keep speaking.
+
+    A hub that was restored from a backup learns from it: `lease_ns` is `LeaseReply.hub_ns` of the last answer that
+    the process took, `era` the last one that it heard (None: of a release that knows none).
     """
 
     boot: int
@@ -118,6 +121,8 @@ class Hello(Message, frozen=True, kw_only=True):
     software: str = ""
     versions: tuple[int, ...] = (VERSION,)
     answer: str = ""
+    lease_ns: int = 0
+    era: int | None = None
 
 
 class HelloReply(Message, frozen=True, kw_only=True):
@@ -125,7 +130,8 @@ class HelloReply(Message, frozen=True, kw_only=True):
 
     A `challenge` that is not empty: another process has taken over since; say hello again at once, with it.
 
-    `mark` is the last number of this gateway's ledger that the hub has durably, `mark_hash` its hash.
+    `mark` is the last number of this gateway's ledger that the hub has durably, `mark_hash` its hash.  `era` is a new
+    one whenever the hub wants to hear again what each site holds of every budget.
     """
 
     hub_ns: int
@@ -136,6 +142,7 @@ class HelloReply(Message, frozen=True, kw_only=True):
     wait_s: float = 0.0
     challenge: str = ""
     version: int = VERSION
+    era: int = 0
 
 
 class Watch(Message, frozen=True, kw_only=True):
@@ -148,13 +155,15 @@ class Watch(Message, frozen=True, kw_only=True):
 class Announcement(Message, frozen=True, kw_only=True):
     """One line of a watch: the newest numbers.  A line without news is the heartbeat.
 
-    `changes` is another number whenever the site would be sent something else than before (a new key, say).
+    `changes` is another number whenever the site would be sent something else than before (a new key, say).  `era` is
+    as in `HelloReply`.
     """
 
     generation: int
     epoch: int
     hub_ns: int
     changes: int = 0
+    era: int = 0
 
 
 # ---- down
@@ -302,6 +311,7 @@ class Lease(Message, frozen=True, kw_only=True):
     it is spent, written off or reserved.  `want` is how much more it would like, `least` the smallest part that
     helps a request which waits ("0": none does).  `give_back` says how much came off `granted` with this call.
     Totals, never differences, and `number` only rises: a message that arrives twice, or late, changes nothing.
+    `era` is the last that the site had heard when it made the call (None: of a release that knows none).
     """
 
     instance: str
@@ -314,13 +324,15 @@ class Lease(Message, frozen=True, kw_only=True):
     granted: str = ""
     least: str = "0"
     currency: str = ""
+    era: int | None = None
 
 
 class LeaseReply(Message, frozen=True, kw_only=True):
     """The site's whole grant in this period after this call, and how many seconds it may be used from now.
 
     `number` is that of the call it answers, or of a later one that came before it: then the site goes on from that
-    number and ignores the rest.  `left` is what the fleet's budget has not granted to anybody.
+    number and ignores the rest.  `left` is what the fleet's budget has not granted to anybody.  `frozen` says why
+    nothing was granted though it may be there; `hub_ns` when the hub wrote this down.
     """
 
     budget: str
@@ -329,6 +341,8 @@ class LeaseReply(Message, frozen=True, kw_only=True):
     granted: str
     term_s: float
     left: str
+    frozen: str = ""
+    hub_ns: int = 0
 
 
 _ENCODER = msgspec.msgpack.Encoder()

@@ -14,7 +14,7 @@ from ondol.core import dsse
 from ondol.core.invites import parse_token
 from ondol.core.trust import Epoch, Trust, authenticate_site, authorization, read_credential, read_epoch
 from ondol.errors import Conflict, InvalidRequest, NotFound, OndolError, Unauthenticated
-from ondol.hub import enrol, sites
+from ondol.hub import audit, enrol, sites
 from ondol.hub.enrol import Authority, Invitation
 from ondol.hub.schema import MIGRATIONS
 from ondol.units import NS_PER_S
@@ -73,7 +73,7 @@ class Hub:
         return self.database.write_now(lambda tx: sites.get(tx, name))
 
     def audit(self) -> list[str]:
-        lines = self.database.write_now(lambda tx: enrol.audit(tx, 50))
+        lines = self.database.write_now(lambda tx: audit.newest(tx, 50))
         return [f"{line['kind']} {line['subject']}" for line in lines]
 
 
@@ -266,6 +266,7 @@ def test_the_operators_word_on_an_address_holds(hub: Hub) -> None:
     [
         "shop-1.example", "ftp://shop-1.example", "https://", "https://user:secret@shop-1.example", "https://a b",
         "https://[::1", "https://a:99999", "https://läden.example", "https://" + "a" * 300,
+        "https://shop-1.example/ondol", "https://shop-1.example?a=b",
     ],
 )  # fmt: skip
 def test_an_address_is_one(hub: Hub, address: str) -> None:

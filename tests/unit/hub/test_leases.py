@@ -15,7 +15,8 @@ from ondol.core.catalog import BudgetDoc, BudgetScope
 from ondol.core.ports import Tx
 from ondol.errors import InvalidRequest
 from ondol.hub.decide.leases import Holder, grant, left_of, plausible
-from ondol.hub.leases import SCHEMA, forget, reclaim, status, take_lease
+from ondol.hub.leases import forget, reclaim, status, take_lease
+from ondol.hub.schema import MIGRATIONS
 from ondol.units import NS_PER_S
 from ondol.wire.sync import Lease, LeaseReply
 
@@ -80,7 +81,7 @@ class Desk:
     """The hub's table, and messages to it."""
 
     def __init__(self, folder: Path) -> None:
-        self.database = InlineDatabase(folder / "hub.db", migrations=(SCHEMA,))
+        self.database = InlineDatabase(folder / "hub.db", migrations=MIGRATIONS)
         self.numbers: dict[str, int] = {}
         self.budget = BudgetDoc(
             name="b", scope=BudgetScope(team="t"), amount="1", currency="USD", period="day"

@@ -23,7 +23,7 @@ from ondol.errors import (
     RangeRefused,
     Unauthenticated,
 )
-from ondol.hub import enrol, publish, sessions, sites
+from ondol.hub import audit, enrol, publish, sessions, sites
 from ondol.wire import sync
 
 pytestmark = pytest.mark.anyio
@@ -51,7 +51,7 @@ async def test_a_refused_token_is_in_the_audit(fleet: Fleet) -> None:
     fleet.clock.move(3600)
     with pytest.raises(Unauthenticated):
         await Speaker(fleet.hub, fleet.clock, "shop-1").join(token)
-    lines = await fleet.hub.database.read(lambda tx: enrol.audit(tx, 10))
+    lines = await fleet.hub.database.read(lambda tx: audit.newest(tx, 10))
     assert [line["kind"] for line in lines][:2] == ["join_refused", "invited"]
 
 
