@@ -299,9 +299,11 @@ def fleet_of(site: Site) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def member(hub: Hub, folder: Path, name: str, *, place: Place = HERE) -> Iterator[Site]:
+def member(
+    hub: Hub, folder: Path, name: str, *, port: int | None = None, place: Place = HERE
+) -> Iterator[Site]:
     """A site that has joined and runs."""
-    port = write_site(folder, name, place=place)
+    port = write_site(folder, name, port=port, place=place)
     join(folder, hub.invite(name), place=place)
     site = start_site(folder, port, place=place)
     try:

@@ -453,3 +453,27 @@ def test_the_guide_has_the_fields_as_they_are() -> None:
 def test_a_page_without_marks_is_not_renewed() -> None:
     with pytest.raises(ValueError, match="lacks"):
         renew("# Nothing here")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("neighbours: [store-9]", 'Site/store-1.neighbours[0]: found "store-9"'),
+        ("neighbours: [store-1]", 'Site/store-1.neighbours[0]: found "store-1"; allowed: another site'),
+        ("parent: depot", 'Site/store-1.parent: found "depot"'),
+        ("address: store-1:8080", "allowed: an address of a host alone"),
+        ("address: https://store-1/ondol", "allowed: an address of a host alone"),
+        ("address: https://store-1:99999", "allowed: an address of a host alone"),
+    ],
+)
+def test_a_site_names_others_that_are_there_and_addresses_that_are_some(line: str, said: str) -> None:
+    found = problems(LEAST.replace("region: kr-seoul", f"region: kr-seoul\n{line}"))
+    assert len(found) == 1
+    assert said in found[0]
+
+
+def test_a_site_may_be_at_an_address_and_have_a_neighbour() -> None:
+    text = LEAST.replace(
+        "region: kr-seoul", "region: kr-seoul\naddress: https://[::1]:8443/\nneighbours: [cloud]"
+    )
+    assert read(text + CLOUD + GATEWAY + "site: store-1\n").site.neighbours == ("cloud",)

@@ -69,6 +69,7 @@ def check_all(docs: Documents, report: Report, *, insecure: bool, file_exists: C
     here = this_site(docs, report)
     _no_selectors(docs, report)
     _teams_and_budgets(docs, report)
+    _near_sites(docs, report)
     for deployment in docs.deployments.values():
         _deployment(deployment, docs, here, report)
     for route in docs.routes.values():
@@ -90,6 +91,22 @@ def _no_selectors(docs: Documents, report: Report) -> None:
                     f"{entry.where}.{field}: this selects sites of a fleet; allowed: in files for `ondol apply`, "
                     "not in the file of one site",
                 )
+
+
+def _near_sites(docs: Documents, report: Report) -> None:
+    known = docs.names.get("Site", set())
+    for entry in docs.sites.values():
+        for number, name in enumerate(entry.doc.neighbours):
+            node, where = entry.node.at("neighbours", number), f"{entry.where}.neighbours[{number}]"
+            if name not in known:
+                report.unknown(node, where, name, known)
+            elif name == entry.doc.name:
+                report.wrong(node, where, "another site")
+        address = entry.doc.address
+        if address is not None and (problem := network.address_problem(address)) is not None:
+            report.wrong(entry.node.at("address"), f"{entry.where}.address", problem)
+        if entry.doc.parent is not None:
+            _reference(entry, "parent", entry.doc.parent, known, report)
 
 
 def _is_empty(value: Any) -> bool:

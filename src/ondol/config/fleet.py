@@ -18,6 +18,7 @@ from ondol.adapters.pricebook import prices_of as book_prices
 from ondol.config import KINDS, catalog_of
 from ondol.config.fields import build
 from ondol.config.files import read_text
+from ondol.config.network import address_problem
 from ondol.config.report import Report, choices, quoted
 from ondol.config.text import Node, TextError, documents
 from ondol.core.catalog import Catalog, Document, GatewayDoc, PriceDoc, SiteDoc
@@ -209,6 +210,8 @@ def _references(fleet: Fleet, invited: Mapping[str, SiteDoc], report: Report) ->
     for team in fleet.teams.values():
         _refer(report, f"Team/{team.name}.tenant", team.tenant, known["tenant"])
     for site in fleet.sites.values():
+        if site.address is not None and (problem := address_problem(site.address)) is not None:
+            report.add(0, f"Site/{site.name}.address: found {quoted(site.address)}; allowed: {problem}")
         for name in (*site.neighbours, *([site.parent] if site.parent else [])):
             _refer(report, f"Site/{site.name}: neighbours and parent", name, sites)
     if len(fleet.rollouts) > 1:

@@ -12,6 +12,15 @@ _PRIVATE: Final = tuple(
 )  # RFC 1918, RFC 4193 and link-local; `is_private` of the standard library takes in more than that
 
 
+def address_problem(url: str) -> str | None:
+    """None for the address of a site, as others reach it, else what is allowed."""
+    allowed = "an address of a host alone, such as https://shop-7.example:8443"
+    if url_problem(url) is not None:
+        return allowed
+    parts = urlsplit(url)
+    return None if parts.path in ("", "/") and not parts.query and not parts.fragment else allowed
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host is this machine by its very text; no name is looked up."""
     if host.lower().rstrip(".") == "localhost":

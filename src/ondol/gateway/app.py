@@ -35,7 +35,7 @@ from ondol.gateway.reply import JSON_HEADERS
 from ondol.gateway.watch import Stopped, Watch
 from ondol.wire.artifacts import PREFIX as ARTIFACTS
 from ondol.wire.artifacts import ArtifactFiles, parse_path, send, serve_artifact, serve_manifest
-from ondol.wire.guard import AddressGate, BodyMeter, HeadGuard, Refusal, allowed_hosts, json_depth_ok
+from ondol.wire.guard import AddressGate, HeadGuard, Refusal, allowed_hosts, json_depth_ok
 from ondol.wire.openai_replies import NOT_SERVED, SERVED, RouteModel, error_body, models_body
 from ondol.wire.statuses import status_of
 
@@ -142,7 +142,7 @@ class App:
 
     async def _inference(self, task: Task, scope: Scope, proto: Any, received_ns: int, cors: Headers) -> None:
         header = dict(scope.headers.items()).get
-        watch = Watch(proto)
+        watch = Watch(proto, self._clock)
         reply: Whole | Chunks | None = None
         try:
             # The key first: whoever has none gets no megabytes read.
@@ -152,7 +152,7 @@ class App:
                 raise Draining(
                     "this gateway is stopping; ask another, or again in a moment", retry_after_s=2.0
                 )
-            raw = await self._body(header("content-length"), proto, received_ns, watch)
+            raw = await watch.body(header("content-length"), self._limits, received_ns)
             if not json_depth_ok(raw, self._limits.json_depth):
                 raise InvalidRequest(f"the JSON nests deeper than {self._limits.json_depth} levels")
             ask = Ask(task=task, raw=raw, header=header, received_ns=received_ns, wall_ns=wall_ns)
@@ -183,38 +183,6 @@ class App:
             # RSGIProtocolClosed: the client has gone; `close` then stops the engine and meters.
             if type(error).__name__ != "RSGIProtocolClosed":
                 raise
-
-    async def _body(self, length: str | None, proto: Any, received_ns: int, watch: Watch) -> bytes:
-        """The whole body, in time and within its bound."""
-        meter = BodyMeter(self._limits, received_ns, length)
-        refusal = meter.begin()
-        if refusal is not None:
-            raise Stopped(refusal)
-        if length is not None:
-            # One wait for all of it: it may take as long as the slowest allowed body of that size.
-            watch.patience_ns = meter.patience_ns(received_ns, int(length))
-            raw: bytes = await watch.reading(proto(), meter)
-            refusal = meter.feed(raw) or meter.finish()
-            if refusal is not None:
-                raise Stopped(refusal)
-            return raw
-        parts: list[bytes] = []
-        chunks = aiter(proto)
-        while True:
-            watch.patience_ns = meter.patience_ns(self._clock.now_ns())
-            try:
-                # Not `anext(chunks, default)`: on granian's iterator that ends the process (CPython 3.11).
-                part = await watch.reading(chunks.__anext__(), meter)
-            except StopAsyncIteration:
-                break
-            refusal = meter.feed(part)
-            if refusal is not None:
-                raise Stopped(refusal)
-            parts.append(part)
-        refusal = meter.finish()
-        if refusal is not None:
-            raise Stopped(refusal)
-        return b"".join(parts)
 
     async def _artifact(self, files: ArtifactFiles, scope: Scope, proto: Any) -> None:
         """A model file for another site of the fleet, or for an administrator."""
@@ -264,9 +232,9 @@ class App:
         raise NotFound(f"{method} {path} does not exist; served are: {', '.join(SERVED)}")
 
     async def _small_body(self, scope: Scope, proto: Any) -> bytes:
-        watch = Watch(proto)
+        watch = Watch(proto, self._clock)
         try:
-            return await self._body(scope.headers.get("content-length"), proto, self._clock.now_ns(), watch)
+            return await watch.body(scope.headers.get("content-length"), self._limits, self._clock.now_ns())
         finally:
             watch.stop()
 

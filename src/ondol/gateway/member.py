@@ -142,17 +142,18 @@ class Member:
             rng=SystemRandom(), activate=self._take, trusted=self._retrust, describe=self._describe, note=self._note,
             software=f"ondol {__version__}",
             busy=lambda: sum(one.in_flight for one in self._view().endpoints.values()),
+            lease_ns=lambda: self.leases.answered_ns,
         )  # fmt: skip
         self.leases = FleetLeases(
             link=self.link, memory=self.memory, ledger=ledger, budgets=budgets, clock=self._clock,
             instance=self.identity.instance, hub_now_ns=self.sync.hub_now_ns, link_up=lambda: self.sync.connected,
-            noted=lambda event, what: self._note(event, what=what),
+            noted=lambda event, what: self._note(event, what=what), hub_era=self.sync.hub_era,
         )  # fmt: skip
         self.files = FleetModels(store)
         self.models = Models(
             SiteModels(
                 self.files, catalog=catalog, keys=lambda: self.identity.trust().keys, clock=self._clock,
-                hub=lambda: urls[0], authorization=self.authorization, tls=lambda _: self._tls,
+                hub=lambda: self.link.url, authorization=self.authorization, tls=lambda _: self._tls,
             ),
             arrived=lambda _: arrived(), note=lambda what: self._note("models", what=what),
         )  # fmt: skip

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Any, Final
 
+from ondol.core.catalog import Limits
+from ondol.core.ports import Clock
 from ondol.units import NS_PER_S
 from ondol.wire.guard import BodyMeter, Refusal
 
@@ -29,6 +31,7 @@ class Watch:
     """
 
     __slots__ = (
+        "_clock",
         "_loop",
         "_patience",
         "_proto",
@@ -40,8 +43,9 @@ class Watch:
         "patience_ns",
     )
 
-    def __init__(self, proto: Any) -> None:
+    def __init__(self, proto: Any, clock: Clock) -> None:
         self.gone = False
+        self._clock = clock
         self.patience_ns = 0
         self._proto = proto
         self._reading = False
@@ -50,6 +54,42 @@ class Watch:
         self._patience: asyncio.TimerHandle | None = None
         self._watch: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = self._loop.call_later(WATCH_AFTER_S, self._look)
+
+    async def body(self, length: str | None, limits: Limits, received_ns: int) -> bytes:
+        """The whole body, in time and within its bounds; `length` is the header's.
+
+        Raises:
+            Stopped: it is too large, too slow or broken.
+        """
+        meter = BodyMeter(limits, received_ns, length)
+        refusal = meter.begin()
+        if refusal is not None:
+            raise Stopped(refusal)
+        if length is not None:
+            # One wait for all of it: it may take as long as the slowest allowed body of that size.
+            self.patience_ns = meter.patience_ns(received_ns, int(length))
+            raw: bytes = await self.reading(self._proto(), meter)
+            refusal = meter.feed(raw) or meter.finish()
+            if refusal is not None:
+                raise Stopped(refusal)
+            return raw
+        parts: list[bytes] = []
+        chunks = aiter(self._proto)
+        while True:
+            self.patience_ns = meter.patience_ns(self._clock.now_ns())
+            try:
+                # Not `anext(chunks, default)`: on granian's iterator that ends the process (CPython 3.11).
+                part = await self.reading(chunks.__anext__(), meter)
+            except StopAsyncIteration:
+                break
+            refusal = meter.feed(part)
+            if refusal is not None:
+                raise Stopped(refusal)
+            parts.append(part)
+        refusal = meter.finish()
+        if refusal is not None:
+            raise Stopped(refusal)
+        return b"".join(parts)
 
     async def reading(self, what: Awaitable[bytes], meter: BodyMeter) -> bytes:
         """The awaited part of a body; `Stopped` when `patience_ns` is over first."""

@@ -46,6 +46,7 @@ class Http1Client:
         self._idle: deque[Connection] = deque()
         self._live: set[Connection] = set()
         self._closed = False
+        self._aborts = 0
 
     async def send(self, head: bytes, body: bytes, deadline: float) -> Connection:
         """Send a request and return its connection once status and headers are here.
@@ -58,7 +59,7 @@ class Http1Client:
             HttpFailure: no connection, or it broke, timed out or spoke no HTTP.
             DeadlinePassed: the deadline (on the loop's clock) came first.
         """
-        loop = asyncio.get_running_loop()
+        loop, aborts = asyncio.get_running_loop(), self._aborts
         connection = self._take(loop.time())
         kept = connection is not None
         while True:
@@ -69,7 +70,9 @@ class Http1Client:
                 connection.begin(head, body, deadline, self._read_timeout_s)
                 await connection.answered()
             except HttpFailure:
-                stale = kept and not connection.received and not connection.usable()
+                stale = (
+                    kept and not connection.received and not connection.usable() and aborts == self._aborts
+                )
                 self._drop(connection)
                 if not stale or loop.time() >= deadline:
                     raise
@@ -105,6 +108,13 @@ class Http1Client:
         """Close what is kept: after a broken connection its neighbours are likely to be dead, too."""
         while self._idle:
             self._idle.pop().abort()
+
+    def abort(self) -> None:
+        """Close every socket, with what runs on it, and stay usable: the server is known to be gone."""
+        self._aborts += 1
+        for connection in [*self._idle, *self._live]:
+            connection.abort()
+        self._idle.clear()
 
     async def close(self) -> None:
         """Close every socket, with what runs on it; returns when they are gone.  Idempotent."""

@@ -129,6 +129,10 @@ class Connection(asyncio.Protocol):
             self._timer.cancel()
             self._timer = None
         self._busy = False
+        if self._error is not None:
+            # It was raised through the frames of whoever asked, which hold us: a circle that would keep, until some
+            # garbage collection, also the caller's reply open.
+            self._error.__traceback__ = None
         if (
             self._complete
             and self._error is None
