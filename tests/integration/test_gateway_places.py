@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.hubs import until
 from tests.sites import FAKE, HEAD, Site, free_port, running_site, start
 
 from ondol.adapters.ledger_reader import records, verify
@@ -171,6 +175,39 @@ def test_when_the_cloud_is_gone_the_edge_answers(edge: Site, cloud: Site) -> Non
         again.stop()
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_when_the_cloud_falls_silent_the_edge_answers(edge: Site, cloud: Site, stream: bool) -> None:
+    """Its kernel takes the bytes and nothing answers, as where packets vanish: the learnt times say when to leave."""
+    best = {"x-ondol-objective": "best"}
+    for _ in range(12):
+        assert edge.chat(headers=best, stream=stream).headers["x-ondol-site"] == "cloud"
+    os.kill(cloud.process.pid, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(40) as pool:
+            answers = list(pool.map(lambda _: edge.chat(headers=best, stream=stream), range(40)))
+    finally:
+        os.kill(cloud.process.pid, signal.SIGCONT)
+    assert {(one.status, one.headers["x-ondol-site"]) for one in answers} == {(200, "edge")}
+    records = [edge.record(one.headers["x-ondol-request-id"]) for one in answers]
+    left = [one for one in records if len(one["attempts"]) == 2]
+    assert left, "none tried the cloud"
+    for record in left:
+        assert [one["outcome"] for one in record["attempts"]] == ["unavailable", "ok"]
+        assert "nothing came from it within" in record["attempts"][0]["error"]
+
+
+def test_an_endpoint_that_nobody_could_replace_is_waited_for(edge: Site, cloud: Site) -> None:
+    for _ in range(12):
+        assert edge.chat(model="cloud-only").status == 200
+    os.kill(cloud.process.pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(lambda: edge.chat(model="cloud-only"))
+        with pytest.raises(TimeoutError):
+            answer.result(1.5)
+        os.kill(cloud.process.pid, signal.SIGCONT)
+        assert answer.result(30).status == 200
+
+
 def _comes_back(edge: Site, headers: dict[str, Any]) -> bool:
     """Whether the half-open probe finds the cloud again within the breaker's longest first rests."""
     import time
@@ -210,3 +247,104 @@ def test_a_loop_of_sites_ends(tmp_path: Path) -> None:
         for one in sites:
             one.stop()
     assert HEAD
+
+
+HEDGED = """
+kind: Deployment
+name: helper-slow
+site: cloud
+model: helper
+engine: upstream
+url: http://127.0.0.1:CLOUD_PORT/v1
+quality: 0.9
+upstream_model: assistant
+keys: [{env: CLOUD_KEY}]
+price: cloud
+---
+kind: Route
+name: hedged
+deployments: [helper-here, helper-slow]
+objective: best
+---
+kind: Budget
+name: all
+scope: {tenant: default}
+amount: 100
+"""
+
+
+def test_a_deadline_at_risk_asks_a_second_place_and_the_loser_is_paid(tmp_path: Path) -> None:
+    """A place that took 4 ms a token and now takes 14 has a wide bound: a deadline of 380 ms may pass there."""
+    pace = "engine: fake\nfake: {token_ms: 4, output_tokens: 20}\nprice"
+    with running_site(
+        tmp_path / "cloud", FAKE.replace("engine: fake\nprice", pace, 1), site="cloud"
+    ) as cloud:
+        text = (EDGE + "---" + HEDGED).replace("CLOUD_PORT", str(cloud.port))
+        key = cloud.new_key(name="edge")
+        with running_site(tmp_path / "edge", text, site="edge", env={"CLOUD_KEY": key}) as edge:
+            for number in range(24):
+                if number == 12:
+                    file = cloud.folder / "site.yaml"
+                    file.write_text(file.read_text().replace("token_ms: 4", "token_ms: 14"))
+                    cloud.call("POST", "/v1/ondol/reload", {})
+                assert edge.chat(model="hedged", max_tokens=20).status == 200
+            for _ in range(12):
+                edge.chat(model="hedged", max_tokens=20, headers={"x-ondol-objective": "private"})
+            os.kill(cloud.process.pid, signal.SIGSTOP)
+            try:
+                answer = edge.chat(model="hedged", max_tokens=20, headers={"x-ondol-max-latency-ms": "380"})
+            finally:
+                os.kill(cloud.process.pid, signal.SIGCONT)
+            assert answer.status == 200, answer.body
+            assert answer.headers["x-ondol-deployment"] == "helper-here"
+            record = edge.record(answer.headers["x-ondol-request-id"])
+            assert [(one["deployment"], one["outcome"]) for one in record["attempts"]] == [
+                ("helper-slow", "cancelled"), ("helper-here", "ok"),
+            ]  # fmt: skip
+            assert record["cost"] == sum(one["cost"] for one in record["attempts"])
+            assert "helper-here was asked as well, because the deadline was near" in record["reason"]["en"]
+            [budget] = edge.call("GET", "/v1/ondol/budgets").json()["data"]
+            edge.stop()
+            spent = sum(one.cost for one in records(edge.folder / "data" / "ledger.db"))
+            assert budget["reserved"] == "0"
+            assert round(float(budget["spent"]) * 1e9) == spent
+
+
+WAITS = FAKE.replace(
+    "engine: fake\nprice",
+    "engine: fake\nparallel: 1\nqueue: 1\nfake: {token_ms: 30, output_tokens: 20}\nprice",
+    1,
+)
+
+
+def test_work_that_can_wait_waits_for_a_slot_and_the_rest_is_told_when(tmp_path: Path) -> None:
+    with running_site(tmp_path / "edge", WAITS, site="edge") as edge, ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(edge.chat) for _ in range(2)]
+        until(lambda: _in_flight(edge) == 2, "one runs and one waits in the queue")
+        waiting = pool.submit(lambda: edge.chat(service_tier="flex"))
+        refused = edge.chat()
+        assert (refused.status, refused.code) == (503, "overloaded")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert [one.result().status for one in running] == [200, 200]
+        assert waiting.result().status == 200
+        late = edge.chat(service_tier="flex", headers={"x-ondol-max-latency-ms": "1"})
+        assert late.status in (503, 504)
+
+
+def _in_flight(site: Site) -> int:
+    found: int = site.call("GET", "/v1/ondol/status").json()["endpoints"][0]["in_flight"]
+    return found
+
+
+def test_a_conversation_stays_where_it_was_read(edge: Site, cloud: Site) -> None:
+    """The edge reads slowly by its prior, so long prompts go to the cloud; not one that the edge has read before."""
+    long = [{"role": "user", "content": "word " * 4000}]
+    assert edge.chat(messages=long).headers["x-ondol-site"] == "cloud"
+    begun = [{"role": "user", "content": "other " * 4000}]
+    assert (
+        edge.chat(messages=begun, headers={"x-ondol-objective": "private"}).headers["x-ondol-site"] == "edge"
+    )
+    on = [*begun, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "and?"}]
+    assert edge.chat(messages=on).headers["x-ondol-site"] == "edge"
+    elsewhere = [{"role": "user", "content": "again " * 4000}, *on[1:]]
+    assert edge.chat(messages=elsewhere).headers["x-ondol-site"] == "cloud"

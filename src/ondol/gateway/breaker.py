@@ -180,10 +180,14 @@ class RetryBudget:
         """Count a request's first attempt."""
         self._window.add(now_ns, good=1, bad=0)
 
+    def has(self, now_ns: int) -> bool:
+        """Whether one more retry may be made now."""
+        requests, retries = self._window.sums(now_ns)
+        return (retries - self._floor) * 100 < requests * self._percent
+
     def take(self, now_ns: int) -> bool:
         """Whether one more retry may be made now; if so, it is counted."""
-        requests, retries = self._window.sums(now_ns)
-        if (retries - self._floor) * 100 >= requests * self._percent:
+        if not self.has(now_ns):
             return False
         self._window.add(now_ns, good=0, bad=1)
         return True

@@ -63,7 +63,6 @@ class Endpoint:
         self.context_tokens = context_tokens
         self.quality = doc.quality if doc.quality is not None else model.quality
         self.in_flight = 0
-        self.token_ms = 0.0
         self._rates = None if terms.price is None else _rates(terms.price)
 
     def worst(self, request: InferenceRequest, max_output_tokens: int) -> Money | None:
@@ -78,17 +77,25 @@ class Endpoint:
         )
 
     def candidate(
-        self, request: InferenceRequest, max_output_tokens: int, now_ns: int, *, affordable: bool
+        self,
+        request: InferenceRequest,
+        max_output_tokens: int,
+        now_ns: int,
+        *,
+        affordable: bool,
+        spared: int = 0,
     ) -> Candidate:
-        """The snapshot that `schedule` decides on, with expectations for this request."""
+        """The snapshot that `schedule` decides on, with expectations for this request.
+
+        `spared` tokens of its prompt were read here before, in an earlier turn.
+        """
         expected = self.predictor.predict(
             self.name,
-            prompt_tokens=request.prompt_tokens,
+            prompt_tokens=max(request.prompt_tokens - spared, 0),
             output_tokens_max=max_output_tokens * request.answers,
             queue_depth=self._waiting(),
             now_ns=now_ns,
         )
-        self.token_ms = expected.per_token_ms
         problem = self.engine.problem()
         if problem is None and not self.breaker.allows(now_ns):
             problem = self.breaker.state_sentence(now_ns)
@@ -107,13 +114,41 @@ class Endpoint:
             queue=self.queue,
             in_flight=self.in_flight,
             ttft_ms=expected.ttft_ms,
-            total_ms=expected.optimistic_ms,
+            # An attempt that fails is made again elsewhere: its time is lost.
+            total_ms=expected.optimistic_ms / max(1.0 - expected.failure, 0.05),
             cost=cost,
             carbon_g=self._carbon_g(request, int(expected.output_tokens), expected.total_ms),
             quality=self.quality,
             affordable=affordable,
             problem=problem,
         )
+
+    def patience_ms(self, request: InferenceRequest, max_output_tokens: int, now_ns: int) -> float | None:
+        """How long to wait here for a first byte while another endpoint could answer; None where nothing says.
+
+        What runs on this site is waited for: it can be slow, but no packet of it can vanish.
+        """
+        if self.local and self.terms.deployment.url is None:
+            return None
+        return self.predictor.patience(
+            self.name,
+            prompt_tokens=request.prompt_tokens,
+            output_tokens_max=max_output_tokens * request.answers,
+            queue_depth=self._waiting(),
+            now_ns=now_ns,
+            whole=not request.stream,
+        )
+
+    def time_bound_ms(self, request: InferenceRequest, max_output_tokens: int, now_ns: int) -> float:
+        """Within how long, nineteen times of twenty, the caller gets something: a first token, or a whole answer."""
+        bounds = self.predictor.bounds(
+            self.name,
+            prompt_tokens=request.prompt_tokens,
+            output_tokens_max=max_output_tokens * request.answers,
+            queue_depth=self._waiting(),
+            now_ns=now_ns,
+        )
+        return bounds.ttft_ms[1] if request.stream else bounds.total_ms[1]
 
     def _waiting(self) -> int:
         return max(0, self.in_flight - self.parallel + 1)
@@ -131,20 +166,39 @@ class Endpoint:
         )
         return None if spent is None else carbon(spent[0], grid.grams_per_kwh) / NG_PER_G
 
-    def begin(self, ticket: int, now_ns: int) -> Running:
+    def takes(self, now_ns: int) -> bool:
+        """Whether it would take a request now, as far as can be told without asking it."""
+        return (
+            self.in_flight < self.parallel + self.queue
+            and self.engine.problem() is None
+            and self.breaker.allows(now_ns)
+        )
+
+    def begin(
+        self, ticket: int, now_ns: int, patience_ms: float | None = None, *, spared: int = 0
+    ) -> Running:
         """Count one more attempt in flight; `Running.end` counts it out, whatever happened."""
         waiting = self._waiting()
         self.in_flight += 1
-        return Running(self, ticket, now_ns, waiting)
+        return Running(self, ticket, now_ns, waiting, patience_ms=patience_ms, spared=spared)
+
+    def left(self, now_ns: int) -> None:
+        """A request's patience with it ended."""
+        self.predictor.left(self.name, now_ns=now_ns)
 
 
 class Running:
     """One attempt in flight at one endpoint."""
 
-    __slots__ = ("beside", "endpoint", "first_ns", "started_ns", "ticket", "waiting")
+    __slots__ = ("beside", "endpoint", "first_ns", "patience_ms", "spared", "started_ns", "ticket", "waiting")
 
-    def __init__(self, endpoint: Endpoint, ticket: int, started_ns: int, waiting: int) -> None:
-        """Remember when it started and who was there."""
+    def __init__(
+        self, endpoint: Endpoint, ticket: int, started_ns: int, waiting: int, *, patience_ms: float | None,
+        spared: int,
+    ) -> None:  # fmt: skip
+        """Remember when it started, who was there, and how long a first byte is waited for (None: without end)."""
+        self.spared = spared
+        self.patience_ms = patience_ms
         self.endpoint = endpoint
         self.ticket = ticket
         self.started_ns = started_ns
@@ -170,29 +224,28 @@ class Running:
             endpoint.terms, request, spent, ttft_ns=ttft, total_ns=total, concurrency=concurrency,
             measured_uw_per_thread=power.measured.uw_per_thread,
         )  # fmt: skip
+        if spent.outcome in ("ok", "unavailable", "failed"):
+            endpoint.predictor.outcome(endpoint.name, failed=spent.outcome != "ok")
         if spent.outcome == "ok":
             self._learn(request, max_output_tokens, done, now_ns)
         return done
 
     def _learn(self, request: InferenceRequest, max_output_tokens: int, done: Attempt, now_ns: int) -> None:
-        tokens = done.usage.output_tokens
-        per_token: int | None = None
-        if done.ttft_ns is not None and tokens > 1:
-            per_token = (done.total_ns - done.ttft_ns) // (tokens - 1)
-        self.endpoint.predictor.observe(
-            self.endpoint.name,
-            now_ns=now_ns,
-            ttft_ns=done.ttft_ns if done.ttft_ns is not None else self._first_of_whole(tokens, done.total_ns),
-            prompt_tokens=request.prompt_tokens,
-            token_ns=per_token,
-            tokens=tokens,
-            tokens_max=max_output_tokens * request.answers,
-            queue_depth=self.waiting,
-        )
-
-    def _first_of_whole(self, tokens: int, total_ns: int) -> int:
-        """The time to the first token of an answer that came in one piece: its end less its tokens."""
-        return max(0, total_ns - int(tokens * self.endpoint.token_ms * NS_PER_MS))
+        endpoint, tokens = self.endpoint, done.usage.output_tokens
+        # What an engine says of its cache is better than what we thought of it.
+        prompt = max(request.prompt_tokens - (done.usage.cached_tokens or self.spared), 0)
+        tokens_max = max_output_tokens * request.answers
+        if done.ttft_ns is None:
+            endpoint.predictor.observe_whole(
+                endpoint.name, now_ns=now_ns, total_ns=done.total_ns, prompt_tokens=prompt,
+                tokens=tokens, tokens_max=tokens_max, queue_depth=self.waiting,
+            )  # fmt: skip
+            return
+        per_token = (done.total_ns - done.ttft_ns) // (tokens - 1) if tokens > 1 else None
+        endpoint.predictor.observe(
+            endpoint.name, now_ns=now_ns, ttft_ns=done.ttft_ns, prompt_tokens=prompt,
+            token_ns=per_token, tokens=tokens, tokens_max=tokens_max, queue_depth=self.waiting,
+        )  # fmt: skip
 
 
 def _rates(price: Price) -> tuple[float, float, float]:

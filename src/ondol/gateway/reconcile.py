@@ -17,9 +17,9 @@ RANGE_AIM_S: Final = 0.15
 """What a range should take: long enough to be worth its round trip, short enough for others between two of them."""
 ROWS_FIRST: Final = 256
 ROWS_MIN: Final = 16
-BUSY_BYTES: Final = 256 * 1024
-"""A range at most while requests run: about a millisecond of the event loop."""
-BUSY_BYTES_PER_S: Final = 8 * 1024 * 1024
+BUSY_BYTES: Final = 64 * 1024
+"""A range at most while requests run: about a quarter of a millisecond of the event loop."""
+BUSY_BYTES_PER_S: Final = 5 * 1024 * 1024
 """What goes up at most while requests run: some 13,000 records a second."""
 WAIT_S: Final = (3.0, 30.0)
 """Bounds on how long the answer to a range is waited for; ten times what ranges take, within them."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from ondol.core.money import Money, money
 from ondol.core.ports import Clock
+from ondol.core.usage import Attempt
 from ondol.errors import BudgetExhausted
 from ondol.gateway.books import Books, View
-from ondol.gateway.budget import Exhausted, NeedsGrant, NeedsLease
+from ondol.gateway.budget import Exhausted, NeedsGrant, NeedsLease, Reservation
 from ondol.gateway.call import Call
 from ondol.gateway.endpoints import Endpoint
 from ondol.gateway.explain import exhausted_sentence
+from ondol.gateway.meter import totals
 
 
 class Purse:
@@ -46,10 +48,14 @@ class Purse:
                 return BudgetExhausted(exhausted_sentence(refusal))
         return None
 
-    async def reserve(self, call: Call, endpoint: Endpoint) -> None:
-        """Set the worst case at this endpoint aside in every budget that covers the request."""
+    async def reserve(self, call: Call, endpoint: Endpoint) -> Reservation | None:
+        """Set the worst case at this endpoint aside in every budget that covers the request; None without any.
+
+        Raises:
+            BudgetExhausted: one cannot pay it.
+        """
         if not call.budgets:
-            return
+            return None
         worst, budgets = self.worst(call, endpoint), self._books.budgets
         since_ns, alone = self._clock.now_ns(), False
         while True:
@@ -70,14 +76,20 @@ class Purse:
                 continue
             if isinstance(answer, Exhausted):
                 raise BudgetExhausted(exhausted_sentence(answer))
-            call.reservation = answer
-            return
+            return answer
 
-    def release(self, call: Call) -> None:
+    def release(self, reservation: Reservation | None) -> None:
         """Give back what was set aside."""
-        if call.reservation is not None:
-            self._books.budgets.release(call.reservation)
-            call.reservation = None
+        if reservation is not None:
+            self._books.budgets.release(reservation)
+
+    def pay(self, call: Call, reservation: Reservation | None, attempt: Attempt) -> None:
+        """Settle an attempt that lost a race, apart from the one that won."""
+        if reservation is None:
+            return
+        cost = totals((attempt,), attempt.currency or attempt.peer_currency or "USD").shown_cost
+        self._books.budgets.settle(reservation, cost)
+        call.paid += 0 if cost is None else cost.amount
 
 
 def _within(max_cost: str | None, worst: Money | None) -> bool:

@@ -39,7 +39,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Wish(msgspec.Struct, frozen=True, kw_only=True):
-    """What the request demands of its place."""
+    """What the request demands of its place.  `flex`: it can wait, so it takes no place in a queue."""
 
     task: Task
     needs: frozenset[Capability]
@@ -48,6 +48,7 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
     objective: Objective
     data_class: DataClass
     remaining_ms: float
+    flex: bool = False
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,7 +87,7 @@ def _dropped(wish: Wish, one: Candidate, stays: str | None) -> Dropped | None:
         return Dropped(one.name, stays, wish.data_class.value)
     if one.problem is not None:
         return Dropped(one.name, "unhealthy", one.problem)
-    if one.in_flight >= one.parallel + one.queue:
+    if one.in_flight >= one.parallel + (0 if wish.flex else one.queue):
         return Dropped(one.name, "full", f"{one.in_flight} at once")
     if not one.affordable:
         return Dropped(one.name, "budget", "unpriced" if one.cost is None else "")
@@ -98,6 +99,7 @@ def _dropped(wish: Wish, one: Candidate, stays: str | None) -> Dropped | None:
 def schedule(wish: Wish, candidates: Sequence[Candidate]) -> Choice:
     """The endpoints to try, best first; equal input gives equal output, ties fall to the name.
 
+    Those that are expected to answer within the deadline come before those that are not, whatever their scores.
     O(e) for e candidates, times five factors.
 
     Raises:
@@ -116,7 +118,7 @@ def schedule(wish: Wish, candidates: Sequence[Candidate]) -> Choice:
         else:
             dropped.append(reason)
     if not able:
-        raise _nothing_left(dropped)
+        raise _nothing_left(dropped, _free_in_s(candidates, dropped))
     if len(able) == 1:
         return Choice(order=(able[0].name,), decision=_only(wish, able[0], stays, tuple(dropped)))
     return _pick(wish, able, stays, tuple(dropped))
@@ -135,16 +137,18 @@ def _pick(wish: Wish, able: list[Candidate], stays: str | None, dropped: tuple[D
         scores = scores_of(one, best)
         w, s = weights, scores
         total = w[0] * s[0] + w[1] * s[1] + w[2] * s[2] + w[3] * s[3] + w[4] * s[4]
-        ranked.append((-total, one.name, scores, one))
+        ranked.append((one.total_ms > wish.remaining_ms, -total, one.name, scores, one))
     ranked.sort()
-    _, _, ours, first = ranked[0]
-    _, _, theirs, second = ranked[1]
+    late, key, _, ours, first = ranked[0]
+    _, _, _, theirs, second = ranked[1]
     gaps = [w * (a - b) for w, a, b in zip(weights, ours, theirs, strict=True)]
     lost = gaps.index(max(gaps))
     code = REASONS[wish.objective]
     named = _FACTOR_OF.get(code)
-    if named is not None and any(scores[named] > ours[named] for _, _, scores, _ in ranked):
+    if named is not None and any(one[3][named] > ours[named] for one in ranked):
         code = "balance"
+    if not late and any(one[0] and one[1] < key for one in ranked):
+        code = "in_time"
     if stays is not None and any(d.code == stays for d in dropped):
         code = stays
     decision = Decision(
@@ -157,7 +161,7 @@ def _pick(wish: Wish, able: list[Candidate], stays: str | None, dropped: tuple[D
         runner_up_value=_value(second, lost),
         dropped=dropped,
     )
-    return Choice(order=tuple([name for _, name, _, _ in ranked]), decision=decision)
+    return Choice(order=tuple([one[2] for one in ranked]), decision=decision)
 
 
 def _value(one: Candidate, factor: int) -> float | None:
@@ -183,7 +187,14 @@ def why_dropped(one: Dropped) -> str:
     return f"{one.deployment}: {_WHY.get(one.code, one.code).format(one.detail).strip()}"
 
 
-def _nothing_left(dropped: list[Dropped]) -> OndolError:
+def _free_in_s(candidates: Sequence[Candidate], dropped: list[Dropped]) -> float:
+    """When a place is expected to be free at the first of those that are full: 1 s to a minute."""
+    full = {one.deployment for one in dropped if one.code == "full"}
+    waits_s = [one.ttft_ms / 1000 for one in candidates if one.name in full]
+    return min(max(min(waits_s, default=1.0), 1.0), 60.0)
+
+
+def _nothing_left(dropped: list[Dropped], free_in_s: float) -> OndolError:
     message = "no endpoint is left: " + "; ".join(map(why_dropped, dropped))
     codes = {one.code for one in dropped}
     if codes <= {"task", "capability", "context"}:
@@ -191,7 +202,7 @@ def _nothing_left(dropped: list[Dropped]) -> OndolError:
     if "budget" in codes and not codes & {"unhealthy", "full", "too_slow"}:
         return BudgetExhausted(message)
     if "full" in codes:
-        return Overloaded(message, retry_after_s=1.0)
+        return Overloaded(message, retry_after_s=free_in_s)
     return NoEndpoint(message, retry_after_s=1.0 if "unhealthy" in codes else None)
 
 
@@ -202,3 +213,8 @@ def fell_back(decision: Decision, name: str, error: OndolError) -> Decision:
         decision, code="fallback", chosen=name, runner_up=None, lost_on=None,
         chosen_value=None, runner_up_value=None, dropped=(*decision.dropped, lost),
     )  # fmt: skip
+
+
+def hedged(decision: Decision | None, rival: str) -> Decision | None:
+    """The decision where a second endpoint is asked as well if the first is not in time."""
+    return None if decision is None else msgspec.structs.replace(decision, hedge=rival)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ondol.core.catalog import Tier
-from ondol.gateway.predict import Prediction, Predictor, Prior, prior
+from ondol.core.fields import Tier
+from ondol.gateway.predict import Bounds, Prediction, Predictor, Prior, prior
 
 SECOND = 1_000_000_000
 MS = 1_000_000
@@ -163,3 +164,163 @@ def test_figures_stay_finite_and_not_negative(
             assert math.isfinite(figure)
             assert figure >= 0
         assert 0 <= said.output_tokens <= 1000
+
+
+def patience(one: Predictor, *, whole: bool = False, now_ns: int = 0, output: int = 0) -> float | None:
+    return one.patience(
+        "e", prompt_tokens=0, output_tokens_max=output, queue_depth=0, now_ns=now_ns, whole=whole
+    )
+
+
+def test_patience_is_said_once_ten_answers_were_seen() -> None:
+    one = predictor()
+    teach(one, 100, times=9)
+    assert patience(one) is None
+    teach(one, 100)
+    assert patience(one) == pytest.approx(100 * 1.4 + 200)
+
+
+def test_patience_is_the_99th_percentile_and_a_margin() -> None:
+    one = predictor()
+    for _ in range(5):
+        teach(one, 100, times=99)
+        teach(one, 400)
+    said = patience(one)
+    assert said is not None
+    assert 300 <= said <= 700
+    teach(one, 100, times=300)
+    assert patience(one) == pytest.approx(300, rel=0.05)
+
+
+def test_patience_with_a_whole_answer_counts_its_tokens() -> None:
+    one = predictor()
+    for _ in range(100):
+        one.observe(
+            "e", now_ns=0, ttft_ns=100 * MS, prompt_tokens=0, token_ns=10 * MS, tokens=50, tokens_max=100
+        )
+    assert patience(one, output=100) == pytest.approx(300, rel=0.05)
+    assert patience(one, whole=True, output=100) == pytest.approx(800, rel=0.05)
+
+
+def test_patience_grows_while_everything_is_taken_elsewhere_and_an_answer_ends_that() -> None:
+    one = predictor()
+    teach(one, 100, times=100)
+    one.left("e", now_ns=0)
+    assert patience(one, now_ns=0) == pytest.approx(300, rel=0.01)
+    one.left("e", now_ns=200 * SECOND)
+    assert patience(one, now_ns=300 * SECOND) == pytest.approx(400, rel=0.01)
+    assert patience(one, now_ns=10**6 * SECOND) == pytest.approx(1000, rel=0.01)
+    teach(one, 100)
+    assert patience(one, now_ns=10**6 * SECOND) == pytest.approx(300, rel=0.01)
+
+
+def test_output_is_expected_by_the_length_of_the_prompt() -> None:
+    one = predictor()
+    for _ in range(30):
+        one.observe("e", now_ns=0, ttft_ns=MS, prompt_tokens=10, tokens=20, tokens_max=1000)
+        one.observe("e", now_ns=0, ttft_ns=MS, prompt_tokens=5000, tokens=400, tokens_max=1000)
+    assert predict(one, prompt=11, output=1000).output_tokens == pytest.approx(20, abs=12)
+    assert predict(one, prompt=4500, output=1000).output_tokens == pytest.approx(400, abs=12)
+    assert predict(one, prompt=4500, output=50).output_tokens == 50
+    assert predict(one, prompt=300, output=1000).output_tokens == pytest.approx(210, abs=12)
+
+
+def bounds(one: Predictor, *, prompt: int = 0, output: int = 1000, queue: int = 0) -> Bounds:
+    return one.bounds("e", prompt_tokens=prompt, output_tokens_max=output, queue_depth=queue, now_ns=0)
+
+
+def test_what_was_hardly_seen_is_bounded_hardly_at_all() -> None:
+    said = bounds(predictor())
+    assert said.ttft_ms == pytest.approx((12.5, 800))
+    assert said.output_tokens == pytest.approx((0, 1000))
+    assert said.total_ms == pytest.approx((5100 / 8, 5100 * 8))
+
+
+def test_bounds_are_those_of_what_was_seen_and_the_wait_comes_on_top() -> None:
+    one = predictor()
+    for n in range(200):
+        one.observe(
+            "e",
+            now_ns=0,
+            ttft_ns=(90 + n % 21) * MS,
+            prompt_tokens=0,
+            token_ns=10 * MS,
+            tokens=50 + n % 11,
+            tokens_max=100,
+        )
+    said = bounds(one, output=100)
+    assert said.ttft_ms == pytest.approx((91, 109), abs=3)
+    assert said.output_tokens == pytest.approx((50, 60), abs=1)
+    assert said.total_ms == pytest.approx((610, 700), abs=25)
+    later = bounds(one, output=100, queue=2)
+    assert later.wait_ms > 1000
+    assert later.ttft_ms[0] == pytest.approx(said.ttft_ms[0] + later.wait_ms)
+
+
+def test_the_stated_share_of_answers_is_within_the_bounds() -> None:
+    rng = random.Random(3)
+    one, within, tries = predictor(), [0, 0, 0], 4000
+    for n in range(tries + 500):
+        prompt = int(rng.lognormvariate(5, 1))
+        first = (50 + prompt / 10) * rng.lognormvariate(0, 0.3)
+        tokens = 1 + int(rng.lognormvariate(3 + prompt.bit_length() / 10, 0.5))
+        token = 8 * rng.lognormvariate(0, 0.1)
+        said = bounds(one, prompt=prompt)
+        if n >= 500:
+            seen = (first, first + token * tokens, tokens)
+            for at, (value, (low, high)) in enumerate(
+                zip(seen, (said.ttft_ms, said.total_ms, said.output_tokens), strict=True)
+            ):
+                within[at] += low <= value <= high
+        one.observe(
+            "e", now_ns=n * SECOND, ttft_ns=int(first * MS), prompt_tokens=prompt, token_ns=int(token * MS),
+            tokens=tokens, tokens_max=1000,
+        )  # fmt: skip
+    assert all(0.85 <= count / tries <= 0.95 for count in within), within
+
+
+def test_the_chance_of_failure_is_that_of_the_last_attempts() -> None:
+    one = predictor()
+    assert predict(one).failure == 0
+    for n in range(500):
+        one.outcome("e", failed=n % 4 == 0)
+    assert predict(one).failure == pytest.approx(0.25, abs=0.05)
+    for _ in range(300):
+        one.outcome("e", failed=False)
+    assert predict(one).failure < 0.01
+    one.outcome("unknown", failed=True)
+
+
+def test_answers_in_one_piece_teach_the_time_of_a_token() -> None:
+    rng = random.Random(5)
+    one = predictor(Prior(first_token_ms=100, prompt_ms_per_1k=100, token_ms=30))
+    for n in range(600):
+        tokens = rng.randrange(1, 200)
+        took = 40 + 5 * tokens
+        one.observe_whole(
+            "e", now_ns=n * SECOND, total_ns=took * MS, prompt_tokens=0, tokens=tokens, tokens_max=1000
+        )
+    said = predict(one, output=1000)
+    assert said.per_token_ms == pytest.approx(5, rel=0.1)
+    assert said.ttft_ms == pytest.approx(40, abs=25)
+    assert said.total_ms == pytest.approx(40 + 5 * said.output_tokens, rel=0.1)
+    one.observe_whole("gone", now_ns=0, total_ns=1, prompt_tokens=0)
+
+
+def test_embeddings_have_no_tokens_and_teach_the_first() -> None:
+    one = predictor()
+    for n in range(100):
+        one.observe_whole("e", now_ns=n * SECOND, total_ns=3 * MS, prompt_tokens=0)
+    assert predict(one).total_ms == pytest.approx(3, rel=0.1)
+
+
+def test_an_endpoint_that_gave_few_answers_borrows_their_lengths_from_all() -> None:
+    one = predictor()
+    one.add("other", FLAT)
+    for _ in range(30):
+        one.observe("other", now_ns=0, ttft_ns=MS, prompt_tokens=10, tokens=20, tokens_max=1000)
+    one.observe("e", now_ns=0, ttft_ns=MS, prompt_tokens=10, tokens=900, tokens_max=1000)
+    assert predict(one, prompt=10, output=1000).output_tokens < 120
+    for _ in range(30):
+        one.observe("e", now_ns=0, ttft_ns=MS, prompt_tokens=10, tokens=900, tokens_max=1000)
+    assert predict(one, prompt=10, output=1000).output_tokens > 700

@@ -185,6 +185,33 @@ def test_a_place_that_nobody_can_price_does_not_win_on_price() -> None:
     assert schedule(wish(objective=Objective.CHEAP), [place("a"), place("b", cost=0.0)]).order[0] == "b"
 
 
+def test_who_answers_in_time_comes_first_whatever_its_scores() -> None:
+    fine, quick = place("fine", quality=0.9, total_ms=2000.0), place("quick", quality=0.1, total_ms=50.0)
+    best = wish(objective=Objective.BEST, remaining_ms=1000.0)
+    found = schedule(best, [fine, quick])
+    assert (found.order, found.decision.code) == (("quick", "fine"), "in_time")
+    patient = schedule(wish(objective=Objective.BEST, remaining_ms=9000.0), [fine, quick])
+    assert (patient.order, patient.decision.code) == (("fine", "quick"), "best_quality")
+    both = schedule(wish(objective=Objective.BEST, remaining_ms=20.0), [fine, quick])
+    assert (both.order[0], both.decision.code) == ("fine", "best_quality")
+
+
+def test_work_that_can_wait_takes_no_place_in_a_queue() -> None:
+    busy = place(parallel=2, queue=4, in_flight=2, ttft_ms=7_000.0)
+    long = wish(remaining_ms=1e6)
+    assert schedule(long, [busy]).order == ("a",)
+    with pytest.raises(Overloaded) as refused:
+        schedule(msgspec.structs.replace(long, flex=True), [busy])
+    assert refused.value.retry_after_s == 7.0
+
+
+def test_retry_after_is_when_the_first_place_is_free() -> None:
+    full = [place(f"p{n}", in_flight=8, ttft_ms=ms) for n, ms in enumerate((9_000.0, 3_000.0, 200_000.0))]
+    with pytest.raises(Overloaded) as refused:
+        schedule(wish(remaining_ms=1e6), full)
+    assert refused.value.retry_after_s == 3.0
+
+
 def test_balance_is_said_where_the_chosen_is_not_the_extreme() -> None:
     slow = place("a", total_ms=200.0)
     fast = place("z", total_ms=195.0, cost=100.0, quality=0.1, carbon_g=100.0, in_flight=7)
