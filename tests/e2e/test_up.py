@@ -295,6 +295,9 @@ def test_the_tour_shows_its_steps_and_loses_nothing_when_it_cuts_the_hub_off(
             r"^(answered by the edge|at the hub, while|at the hub, \d).*?\s(\d+)\s+\d+\s+\S+\s*$", said, re.M
         )
         assert [count for _, count in counts] == ["10", "0", "10"]
+        plain = " ".join(said.split())
+        assert re.search(r"semantic, \d+ ms\. A similar question was answered before", plain)
+        assert "because the similar question that is cached has another negation" in plain
         assert "data of class confidential may not leave this site" in said
         assert "speaks no useful Korean" in said
         assert "models add FILE.gguf --route assistant" in said
@@ -303,7 +306,10 @@ def test_the_tour_shows_its_steps_and_loses_nothing_when_it_cuts_the_hub_off(
         assert verified.returncode == 0
         assert json.loads(verified.stdout)["ok"] is True
         costs = json.loads(run(directory, "costs", "--by", "site", "--json").stdout)
-        assert {row["key"]: row["requests"] for row in costs} == {"edge-seoul": 14, "cloud-oregon": 2}
+        counted = {row["key"]: row["requests"] for row in costs}
+        # Of a hundred semantic hits one is a check, and then another wording is asked.
+        assert counted["edge-seoul"] in (17, 18)
+        assert counted["cloud-oregon"] == 2
 
         for name, program in snippets(said).items():
             pasted = subprocess.run(program, capture_output=True, text=True, timeout=LIMIT_S, check=False)

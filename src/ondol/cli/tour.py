@@ -19,6 +19,7 @@ from ondol.cli.asking import Answer, Asker
 from ondol.cli.installation import DEFAULT_DIR, Target
 from ondol.cli.output import Paragraph, significant, table
 from ondol.cli.tour_hub import HubSwitch, cut_off
+from ondol.cli.tour_similar import similar
 
 MODEL: Final = "assistant"
 SIMULATED_SITE: Final = "cloud-oregon"
@@ -102,7 +103,8 @@ async def take(stage: Stage) -> list[tuple[Step, Answer]]:
     screen = stage.screen
     screen.print()
     screen.print(
-        "A tour in six questions and a cut line, on an edge site, a stand-in cloud and a hub.", style="bold"
+        "A tour in six questions, a cache and a cut line, on an edge site, a stand-in cloud and a hub.",
+        style="bold",
     )
     screen.print(
         "The starter model (SmolLM2, 135M) is small and speaks no useful Korean; the cloud is simulated: "
@@ -129,12 +131,22 @@ async def take(stage: Stage) -> list[tuple[Step, Answer]]:
     screen.print(
         _indented(
             str(len(STEPS) + 1),
+            "Similar questions, on a route that promises at most 5 wrong answers in 100 from its cache.",
+            style="bold",
+        )
+    )
+    async with Asker(stage.target) as asker, Asker(stage.admin) as admin:
+        await similar(screen, asker, admin, stage.lang)
+    screen.print()
+    screen.print(
+        _indented(
+            str(len(STEPS) + 2),
             "The edge is cut off its hub and answers ten more questions; then the line is joined again.",
             style="bold",
         )
     )
-    async with Asker(stage.admin) as asker:
-        await cut_off(screen, asker, stage.hub, MODEL)
+    async with Asker(stage.admin) as admin:
+        await cut_off(screen, admin, stage.hub, MODEL)
     return answers
 
 

@@ -15,7 +15,7 @@ from msgspec import inspect
 
 from ondol.config.report import Report, choices, is_secret, quoted
 from ondol.config.text import Node
-from ondol.core import catalog
+from ondol.core import fields as shared
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -28,10 +28,10 @@ def _pattern(annotated: Any) -> str:
 
 
 _PATTERN_WORDS: Final = {
-    _pattern(catalog.Name): "a name of small letters, digits and . _ / - (at most 128)",
-    _pattern(catalog.Decimals): 'a decimal number that is not negative, such as "12.50"',
-    _pattern(catalog.Pattern): "a name in which * stands for anything, such as shop-* or kr-*",
-    _pattern(catalog.Step): "a number of sites or a share of them, such as 1 or 10%",
+    _pattern(shared.Name): "a name of small letters, digits and . _ / - (at most 128)",
+    _pattern(shared.Decimals): 'a decimal number that is not negative, such as "12.50"',
+    _pattern(shared.Pattern): "a name in which * stands for anything, such as shop-* or kr-*",
+    _pattern(shared.Step): "a number of sites or a share of them, such as 1 or 10%",
     r"^\d\d:\d\d-\d\d:\d\d$": "two times of the day, such as 22:00-06:00",
     r"^[A-Z]{2}$": "a country of two capital letters (ISO 3166), such as KR",
     r"^sha256:[0-9a-f]{64}$": "sha256: and 64 hexadecimal digits",

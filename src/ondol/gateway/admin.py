@@ -1,24 +1,26 @@
 """Administration and explanation over HTTP: `/v1/ondol/…`.
 
-Everything but a request's own explanation takes an admin key.
+A request's own explanation, feedback on it and the nearest sites are for every caller; the rest takes an admin key.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import msgspec
 
-from ondol.core.catalog import Name, Positive
+from ondol.core.fields import Name, Positive
 from ondol.core.identity import ApiKey, Principal
 from ondol.core.ports import Clock, KeyStore
 from ondol.core.usage import UsageRecord
 from ondol.errors import Forbidden, InvalidRequest, NotFound
 from ondol.gateway.books import Books
 from ondol.gateway.explain import sentence
+from ondol.gateway.neighbours import Neighbours
 from ondol.gateway.pipeline import Pipeline
+from ondol.gateway.recall import Recall
 from ondol.units import NS_PER_S
 
 
@@ -33,6 +35,27 @@ class NewKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     expires_in_s: Positive | None = None
     requests_per_min: Positive | None = None
     tokens_per_min: Positive | None = None
+
+
+class Feedback(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What POST /v1/ondol/requests/{id}/feedback takes."""
+
+    right: bool
+
+
+class Pair(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Two questions, and whether one answer fits both."""
+
+    cached: Annotated[str, msgspec.Meta(min_length=1, max_length=2000)]
+    asked: Annotated[str, msgspec.Meta(min_length=1, max_length=2000)]
+    same: bool
+
+
+class Teaching(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What POST /v1/ondol/semantic/{route} takes."""
+
+    pairs: Annotated[list[Pair], msgspec.Meta(min_length=1, max_length=1000)]
+    tenant: Name = "default"
 
 
 class Captures(Protocol):
@@ -52,12 +75,14 @@ class Admin:
     def __init__(
         self, *, pipeline: Pipeline, books: Books, keys: KeyStore, issue: Issue, clock: Clock,
         reload: Callable[[], Awaitable[str]], captures: Captures, last_used: Callable[[], dict[str, int]],
-        fleet: Callable[[], Any],
+        fleet: Callable[[], Any], neighbours: Neighbours, recall: Recall,
     ) -> None:  # fmt: skip
         """Bind the parts; `issue` makes and stores a key, `reload` reads the configuration again.
 
         `fleet` says how the site stands with its hub, None where it has not joined one.
         """
+        self._neighbours = neighbours
+        self._recall = recall
         self._fleet = fleet
         self._pipeline = pipeline
         self._books = books
@@ -82,6 +107,10 @@ class Admin:
         name, _, rest = path.partition("/")
         if name == "requests" and rest and method == "GET":
             return await self._request(principal, rest)
+        if name == "requests" and rest.endswith("/feedback") and method == "POST":
+            return await self._feedback(principal, rest.removesuffix("/feedback"), body)
+        if (method, path) == ("GET", "nearest"):
+            return self._nearest(principal)
         self.require(principal)
         match (method, name, rest):
             case ("GET", "keys", ""):
@@ -94,20 +123,54 @@ class Admin:
                 return msgspec.json.encode(self._status())
             case ("GET", "budgets", ""):
                 return msgspec.json.encode({"data": self._books.budgets.status(self._clock.wall_ns())})
+            case ("POST", "semantic", route) if route:
+                return await self._teach(route, body)
             case ("POST", "reload", ""):
                 return msgspec.json.encode({"status": await self._reload()})
         raise NotFound(
-            f"{method} /v1/ondol/{path[:64]} does not exist; there are requests/{{id}}, keys, status, budgets, reload"
+            f"{method} /v1/ondol/{path[:64]} does not exist; there are requests/{{id}}, requests/{{id}}/feedback, "
+            "nearest, keys, status, budgets, semantic/{route}, reload"
         )
 
-    async def _request(self, principal: Principal, rest: str) -> bytes:
-        request_id, _, part = rest.partition("/")
+    def _nearest(self, principal: Principal) -> bytes:
+        """The sites that could answer this caller, the nearest first."""
+        own = self._keys.snapshot().get(principal.key_id)
+        return msgspec.json.encode(
+            self._neighbours.nearest(known_only_here=own is not None and not own.fleet)
+        )
+
+    async def _record(self, principal: Principal, request_id: str) -> UsageRecord:
         record = await self._books.ledger.find(request_id[:128])
         allowed = record is not None and (
             principal.kind == "admin" or (principal.tenant, principal.team) == (record.tenant, record.team)
         )
         if record is None or not allowed:
             raise NotFound(f"no request '{request_id[:64]}' of your team is in this site's ledger")
+        return record
+
+    async def _feedback(self, principal: Principal, request_id: str, body: bytes) -> bytes:
+        """Whether an answer was right, as its caller says: what was learnt from it."""
+        record = await self._record(principal, request_id)
+        said = _decoded(body, Feedback, "the feedback")
+        learnt = "nothing"
+        if record.cache == "semantic" and not said.right and self._recall.complain(record.request_id):
+            learnt = "the cached answer was dropped, and counts as wrong"
+        return msgspec.json.encode({"request_id": record.request_id, "right": said.right, "learnt": learnt})
+
+    async def _teach(self, route: str, body: bytes) -> bytes:
+        """Take in labelled pairs of questions for the semantic cache of a route."""
+        taught = _decoded(body, Teaching, "the pairs")
+        doc = self._pipeline.view.catalog.routes.get(route)
+        policy = doc.cache.semantic if doc is not None and doc.cache is not None else None
+        if policy is None:
+            raise NotFound(f"there is no route '{route[:64]}' with `cache.semantic`")
+        pairs = [(one.cached, one.asked, one.same) for one in taught.pairs]
+        count = await self._recall.teach(tenant=taught.tenant, route=route, policy=policy, pairs=pairs)
+        return msgspec.json.encode({"route": route, "tenant": taught.tenant, "learnt": count})
+
+    async def _request(self, principal: Principal, rest: str) -> bytes:
+        request_id, _, part = rest.partition("/")
+        record = await self._record(principal, request_id)
         if part == "capture":
             self.require(principal)
             found = await asyncio.to_thread(self._captures.get, record.request_id, self._clock.wall_ns())
@@ -119,10 +182,7 @@ class Admin:
         return msgspec.json.encode(explained(record))
 
     async def _create(self, body: bytes) -> bytes:
-        try:
-            wanted = msgspec.json.decode(body, type=NewKey)
-        except msgspec.DecodeError as error:
-            raise InvalidRequest(f"the new key: {error}") from error
+        wanted = _decoded(body, NewKey, "the new key")
         catalog = self._pipeline.view.catalog
         for route in wanted.routes:
             if route not in catalog.routes:
@@ -168,10 +228,20 @@ class Admin:
         return {
             "site": site.name, "tier": site.tier, "region": site.region, "grid_zone": site.grid_zone,
             "simulated": site.simulated, "catalog": view.catalog.digest, "ledger": self._books.ledger.problem() or "ok",
-            "cache": self._books.cache.stats(), "endpoints": endpoints,
+            "cache": self._books.cache.stats(), "semantic": self._recall.status(), "endpoints": endpoints,
             "routes": {name: [e.name for e in members] for name, members in view.routes.items()},
             "fleet": self._fleet(),
         }  # fmt: skip
+
+
+D = TypeVar("D")
+
+
+def _decoded(body: bytes, kind: type[D], what: str) -> D:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"{what}: {error}") from error
 
 
 def explained(record: UsageRecord) -> dict[str, Any]:

@@ -20,16 +20,19 @@ from ondol.core.ports import Clock, Engine
 from ondol.engines.encoder import EncoderEngine
 from ondol.engines.fake import FakeEngine
 from ondol.engines.llamacpp import LlamaCppEngine
+from ondol.engines.memory import MemoryEngine
 from ondol.engines.peer import PeerEngine
 from ondol.engines.pending import PendingEngine
 from ondol.engines.upstream import UpstreamEngine
 from ondol.errors import ConfigError
-from ondol.gateway.books import View
+from ondol.gateway.books import Books, View
 from ondol.gateway.breaker import Breaker
 from ondol.gateway.endpoints import Endpoint, Power
 from ondol.gateway.member import Member
 from ondol.gateway.meter import Terms
 from ondol.gateway.predict import Predictor, prior
+from ondol.gateway.recall import Recall
+from ondol.gateway.semantic import SemanticCache
 from ondol.units import UJ_PER_J
 
 PARALLEL_LOCAL = 2
@@ -87,6 +90,13 @@ class Assembly:
             else [e.engine for e in before.endpoints.values() if id(e.engine) not in kept]
         )
         return View(catalog=catalog, endpoints=endpoints, routes=routes), started, gone
+
+    def recall(self, books: Books, catalog: Catalog) -> Recall:
+        """The semantic cache; its process is started once a route wants it."""
+        return Recall(
+            cache=SemanticCache(catalog.gateway.limits.semantic_bytes), memory=MemoryEngine(), clock=self._clock,
+            dice=self._random.random, spawn=books.spawn,
+        )  # fmt: skip
 
     def _endpoint(self, catalog: Catalog, terms: Terms, engine: Engine, breaker: Breaker) -> Endpoint:
         doc = terms.deployment

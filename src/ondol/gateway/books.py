@@ -13,6 +13,7 @@ import msgspec
 
 from ondol.core.catalog import Catalog
 from ondol.core.inference import Chunk, Usage
+from ondol.core.money import Money
 from ondol.core.ports import Clock, Ledger
 from ondol.core.usage import UsageRecord
 from ondol.errors import LedgerUnavailable, OndolError
@@ -92,7 +93,10 @@ class Books:
             clock_offset_ns=self._clock_offset(),
         )  # fmt: skip
         if call.reservation is not None:
-            settled = self.budgets.settle(call.reservation, sums.shown_cost)
+            cost = sums.shown_cost
+            if cost is not None and call.paid:
+                cost = Money(cost.amount - call.paid, cost.currency)
+            settled = self.budgets.settle(call.reservation, cost)
             call.reservation = None
             for name in settled.over:
                 self._observer.noted("budget_over", budget=name)
@@ -130,20 +134,21 @@ class Books:
     def keep(
         self, view: View, call: Call, record: UsageRecord, sums: Totals, *, body: bytes = b"",
         chunks: tuple[bytes, ...] = (),
-    ) -> None:  # fmt: skip
-        """Remember a whole answer where the route says so: in the cache, and for debugging."""
+    ) -> Entry | None:  # fmt: skip
+        """Remember a whole answer where the route says so: in the cache, and for debugging; what the cache keeps."""
         capture, policy, key = call.route.capture, call.route.cache, call.cache_key
         if capture is not None:
             expires_ns = call.wall_ns + int(capture.retention_s * NS_PER_S)
             self._capture(call.request_id, call.raw, body or b"\n".join(chunks), expires_ns)
         if policy is None or key is None:
-            return
+            return None
         entry = Entry(
             tenant=call.principal.tenant, generation=view.catalog.digest, body=body, chunks=chunks,
             usage=sums.usage, model=record.model, deployment=record.deployment, cost=sums.shown_cost,
             energy_uj=sums.shown_energy_uj, carbon_ng=sums.shown_carbon_ng,
         )  # fmt: skip
         self.cache.put(key, entry, int(policy.ttl_s * NS_PER_S), self._clock.now_ns())
+        return entry
 
     # ---- tasks that outlive their request
 

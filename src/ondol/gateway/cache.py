@@ -13,9 +13,9 @@ from typing import Any, Final
 
 import msgspec
 
-from ondol.core.catalog import CachePolicy
 from ondol.core.inference import Capability, DataClass, InferenceRequest, Usage
 from ondol.core.money import Money
+from ondol.core.route_terms import CachePolicy
 
 IGNORED_FIELDS: Final = frozenset(
     {

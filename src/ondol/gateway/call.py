@@ -12,7 +12,10 @@ from ondol.core.inference import DataClass, InferenceRequest, Objective, Task
 from ondol.core.money import Money
 from ondol.core.usage import Attempt, Decision
 from ondol.gateway.budget import Reservation
+from ondol.gateway.flex import is_flex
 from ondol.gateway.quota import Granted
+from ondol.gateway.semantic import Check, Miss, Question, Serve
+from ondol.units import NS_PER_S
 
 Headers = list[tuple[str, str]]
 
@@ -43,13 +46,22 @@ class Chunks(msgspec.Struct, frozen=True, kw_only=True):
     close: Callable[[], None]
 
 
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """A question that was looked up by its meaning: what it was compared as, the verdict, and its vector's number."""
+
+    question: Question
+    verdict: Serve | Check | Miss
+    number: int
+
+
 class Call:
     """The mutable context of one request; the pipeline is its only owner."""
 
     __slots__ = (
-        "attempts", "budgets", "cache", "cache_key", "closed", "data_class", "deadline_ns", "decision",
-        "engine_ns", "granted", "hints", "max_output_tokens", "objective", "principal", "raw", "received_ns",
-        "request", "request_id", "reservation", "route", "tags", "ttft_ns", "wall_ns", "worst",
+        "attempts", "budgets", "cache", "cache_key", "closed", "conversation", "data_class", "deadline_ns", "decision",
+        "engine_ns", "flex", "granted", "hints", "max_output_tokens", "objective", "paid", "principal", "raw",
+        "recall", "recalled", "received_ns", "request", "request_id", "reservation", "route", "tags", "ttft_ns",
+        "wall_ns", "worst",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +85,13 @@ class Call:
         self.granted: Granted | None = None
         self.budgets: tuple[str, ...] = ()
         self.reservation: Reservation | None = None
+        self.flex = is_flex(request.body, self.tags)
+        if self.flex and hints.max_latency_ms is None:
+            self.deadline_ns += int(route.flex.wait_s * NS_PER_S)
+        self.conversation: tuple[bytes, ...] = ()
+        self.recall = ""
+        self.recalled: Asked | None = None
+        self.paid = 0
         self.cache = "off"
         self.cache_key: bytes | None = None
         self.decision: Decision | None = None

@@ -6,6 +6,9 @@ from datetime import UTC, datetime
 
 from ondol.core.usage import Decision, Dropped, UsageRecord
 from ondol.gateway.budget import Exhausted
+from ondol.gateway.semantic import SENTENCES
+from ondol.gateway.semantic_eligible import WHY
+from ondol.gateway.semantic_guards import REASONS
 from ondol.units import NS_PER_S
 
 _FACTORS = {
@@ -31,6 +34,10 @@ _REASONS = {
         "it was the best balance for objective {objective}",
         "{objective} 목표에 가장 균형이 좋았습니다",
     ),
+    "in_time": (
+        "it was the best of those expected to answer within the deadline",
+        "마감 안에 답할 것으로 예상되는 것 중 가장 좋았습니다",
+    ),
     "fallback": (
         "the first choice failed before its first byte",
         "첫 번째 선택이 첫 바이트 전에 실패했습니다",
@@ -38,6 +45,11 @@ _REASONS = {
     "cache_exact": (
         "the same question was answered before, so the stored answer was used",
         "같은 질문에 이미 답한 적이 있어 저장된 답변을 사용했습니다",
+    ),
+    "cache_semantic": (
+        "a similar question was answered before (similarity {similarity}), and the evidence of this route allows its "
+        "answer to be given again",
+        "비슷한 질문(유사도 {similarity})에 이미 답한 적이 있고, 이 경로의 근거가 그 답변의 재사용을 허용합니다",
     ),
 }
 _DROPPED_KO = {
@@ -59,9 +71,12 @@ def sentence(record: UsageRecord) -> tuple[str, str]:
     if decision is None:
         return (record.error or "no decision was made", record.error or "결정이 내려지지 않았습니다")
     english, korean = _REASONS.get(decision.code, (decision.code, decision.code))
-    words = {"data_class": record.data_class, "objective": decision.objective}
+    words = {
+        "data_class": record.data_class, "objective": decision.objective,
+        "similarity": "?" if decision.similarity is None else f"{decision.similarity:.2f}",
+    }  # fmt: skip
     english, korean = english.format_map(words), korean.format_map(words)
-    if decision.code == "cache_exact":
+    if decision.code in ("cache_exact", "cache_semantic"):
         return f"{english[:1].upper()}{english[1:]}.", f"{korean}."
     place = record.answered_by or record.site
     who = decision.chosen or record.deployment
@@ -76,12 +91,39 @@ def sentence(record: UsageRecord) -> tuple[str, str]:
     if lost is not None:
         parts_en.append(lost[0])
         parts_ko.append(lost[1])
+    if decision.hedge is not None:
+        asked = any(one.deployment == decision.hedge for one in record.attempts)
+        parts_en.append(
+            f"{decision.hedge} {'was' if asked else 'would have been'} asked as well, because the deadline was near"
+        )
+        parts_ko.append(
+            f"마감이 가까워 {decision.hedge}에도 {'함께 요청했습니다' if asked else '요청할 참이었습니다'}"
+        )
+    if decision.recall:
+        why = _recall(decision.recall)
+        parts_en.append(f"no cached answer was used, because {why[0]}")
+        parts_ko.append(f"캐시된 답변을 쓰지 않은 이유: {why[1]}")
     for one in dropped:
         parts_en.append(f"{one.deployment} was dropped ({_english(one)})")
         parts_ko.append(
             f"{one.deployment} 제외({_DROPPED_KO.get(one.code, one.code).format(one.detail).strip()})"
         )
     return "; ".join(parts_en) + ".", "; ".join(parts_ko) + "."
+
+
+def _recall(code: str) -> tuple[str, str]:
+    """Why the semantic cache did not answer."""
+    guard = code.removeprefix("semantic_guard_")
+    if guard != code:
+        return REASONS[guard].en, REASONS[guard].ko
+    more = {
+        "semantic_off": ("similar questions cannot be found now", "지금은 비슷한 질문을 찾을 수 없습니다"),
+        "semantic_check": (
+            "this one was asked of the model too, to check the cached answer",
+            "캐시된 답변을 확인하려고 모델에도 물었습니다",
+        ),
+    }
+    return (SENTENCES | WHY | more).get(code, (code, code))
 
 
 def _english(one: Dropped) -> str:

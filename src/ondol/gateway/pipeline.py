@@ -10,40 +10,50 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from typing import Final
+
+import msgspec
 
 from ondol.core.identity import Principal
-from ondol.core.inference import Chunk
-from ondol.core.ports import Clock, EngineCall, KeyStore
+from ondol.core.inference import Chunk, Completion
+from ondol.core.ports import Clock, KeyStore
 from ondol.core.usage import Decision
 from ondol.errors import (
     BudgetExhausted,
-    DeadlineExceeded,
     EngineError,
     EngineFailed,
-    EngineRejected,
     EngineUnavailable,
     LedgerFull,
     LedgerUnavailable,
     NoEndpoint,
     OndolError,
 )  # fmt: skip
+from ondol.gateway.attempts import Attempts, Opened, heard_of, outcome_of
 from ondol.gateway.books import Books, View
 from ondol.gateway.breaker import RetryBudget
 from ondol.gateway.cache import Entry, cache_key, cacheable
 from ondol.gateway.call import Ask, Call, Chunks, Whole
+from ondol.gateway.choose import Chooser
 from ondol.gateway.classify import classify
 from ondol.gateway.endpoints import Endpoint, Running, deadline
+from ondol.gateway.hedge import hedge_after
 from ondol.gateway.hints import parse_hints
 from ondol.gateway.identity import Authenticator, FleetTrust, on_behalf
 from ondol.gateway.meter import Spent
 from ondol.gateway.policy import admit, find_route
 from ondol.gateway.quota import rate_headers
+from ondol.gateway.recall import Recall
 from ondol.gateway.relay import Ending, Heard, Relay
 from ondol.gateway.reply import JSON_HEADERS, SSE_HEADERS, closing, place_headers, took_headers, with_closing
 from ondol.gateway.reserve import Purse
-from ondol.gateway.schedule import Candidate, Wish, fell_back, schedule
+from ondol.gateway.schedule import fell_back, hedged
+from ondol.gateway.semantic import Serve
 from ondol.wire.openai import parse_request
 from ondol.wire.sse import DONE, encode
+
+HEDGES_PERCENT: Final = 5
+HEDGES_FLOOR: Final = 2
+"""Of the requests of the last ten seconds so many may be asked twice: a place that is slow for all is not doubled."""
 
 
 class Pipeline:
@@ -58,9 +68,11 @@ class Pipeline:
         pepper: bytes,
         clock: Clock,
         new_id: Callable[[], str],
+        recall: Recall,
         fleet: Callable[[], FleetTrust | None] = lambda: None,
     ) -> None:
         """Take the parts; the composition root made them.  `fleet` gives what a joined site lets others in by."""
+        self._recall = recall
         self.view = view
         self._books = books
         self._keys = keys
@@ -69,7 +81,10 @@ class Pipeline:
         self._purse = Purse(books, clock)
         self._new_id = new_id
         self._fleet = fleet
+        self._attempts = Attempts(self._purse, clock)
+        self._chooser = Chooser(self._purse, clock)
         self._retries = RetryBudget()
+        self._hedges = RetryBudget(percent=HEDGES_PERCENT, floor=HEDGES_FLOOR)
 
     def principal(self, header: Callable[[str], str | None], wall_ns: int) -> Principal:
         """Authenticate a request by its headers (the first stage, also for administration)."""
@@ -96,7 +111,10 @@ class Pipeline:
         try:
             entry = self._lookup(view, call)
             if entry is not None:
-                return await self._serve(view, call, entry)
+                return await self._serve(view, call, entry, "exact")
+            similar = await self._recalled(view, call)
+            if similar is not None:
+                return await self._serve(view, call, similar, "semantic")
             return await self._infer(view, call)
         except OndolError as error:
             error.request_id = call.request_id
@@ -163,10 +181,21 @@ class Pipeline:
         )
         return self._books.cache.get(call.cache_key, call.received_ns)
 
-    async def _serve(self, view: View, call: Call, entry: Entry) -> Whole | Chunks:
-        """The answer of the exact cache, metered at no cost."""
-        call.cache = "exact"
-        call.decision = Decision(code="cache_exact", objective=call.objective.value, chosen=entry.deployment)
+    async def _recalled(self, view: View, call: Call) -> Entry | None:
+        """The answer to a similar question, where the route wants such and the evidence allows it."""
+        policy = call.route.cache.semantic if call.route.cache is not None else None
+        if policy is None or call.cache_key is None:
+            return None
+        call.recall, call.recalled = await self._recall.lookup(call, policy, view.catalog.digest)
+        verdict = None if call.recalled is None else call.recalled.verdict
+        return verdict.entry if isinstance(verdict, Serve) else None
+
+    async def _serve(self, view: View, call: Call, entry: Entry, how: str) -> Whole | Chunks:
+        """An answer of the cache (`exact` or `semantic`), metered at no cost."""
+        call.cache = how
+        call.decision = recalled(
+            call, Decision(code=f"cache_{how}", objective=call.objective.value, chosen=entry.deployment)
+        )
         record, sums = self._books.record(view, call, "completed", 200, entry=entry)
         await self._books.ledger.submit(record)
         overhead = self._clock.now_ns() - call.received_ns
@@ -181,40 +210,30 @@ class Pipeline:
 
     async def _infer(self, view: View, call: Call) -> Whole | Chunks:
         """Try endpoints, best first; another takes over only before the first byte."""
+        choice = await self._chooser.choose(view, call)
         now_ns = self._clock.now_ns()
-        candidates = [self._candidate(one, call, now_ns) for one in view.routes[call.route.name]]
-        wish = Wish(
-            task=call.request.task,
-            needs=call.request.needs,
-            tokens_max=call.request.prompt_tokens_max,
-            prompt_tokens=call.request.prompt_tokens,
-            objective=call.objective,
-            data_class=call.data_class,
-            remaining_ms=(call.deadline_ns - now_ns) / 1e6,
-        )
-        try:
-            choice = schedule(wish, candidates)
-        except BudgetExhausted as error:
-            raise self._purse.what_is_left(view, call) or error from error
-        call.decision = choice.decision
+        call.decision = recalled(call, choice.decision)
         failed: EngineError | BudgetExhausted | None = None
         self._retries.request(now_ns)
-        for name in choice.order:
-            if call.attempts and not self._retries.take(self._clock.now_ns()):
-                break
+        self._hedges.request(now_ns)
+        for rank, name in enumerate(choice.order):
             endpoint = view.endpoints[name]
+            # What runs here cannot be stormed from here: its own bounds hold, and nobody else pays.
+            if call.attempts and not endpoint.local and not self._retries.take(self._clock.now_ns()):
+                continue
             if failed is not None:
                 call.decision = fell_back(call.decision, name, failed)
             try:
-                await self._purse.reserve(call, endpoint)
-                ticket = endpoint.breaker.begin(self._clock.now_ns())
-                if ticket is None:
-                    raise EngineUnavailable(endpoint.breaker.state_sentence(self._clock.now_ns()))
-                running = endpoint.begin(ticket, self._clock.now_ns())
-                return await (self._streamed if call.request.stream else self._whole)(view, call, running)
+                opened = await self._ask(view, call, endpoint, choice.order[rank + 1 :])
             except (EngineUnavailable, BudgetExhausted) as error:
                 failed = error
-                self._purse.release(call)
+                self._purse.release(call.reservation)
+                call.reservation = None
+                continue
+            self._chooser.remember(call, opened.running.endpoint)
+            if opened.completion is not None:
+                return await self._whole(view, call, opened.running, opened.completion)
+            return self._streamed(view, call, opened)
         if isinstance(failed, BudgetExhausted) and not call.attempts:
             raise failed
         tried = "; ".join(f"{a.deployment}: {a.error}" for a in call.attempts)
@@ -223,54 +242,60 @@ class Pipeline:
             f"every endpoint failed before its first byte: {tried or failed}", retry_after_s=wait or 1.0
         ) from failed
 
-    def _candidate(self, endpoint: Endpoint, call: Call, now_ns: int) -> Candidate:
-        affordable = True
-        if call.budgets or call.hints.max_cost is not None:
-            affordable = self._purse.affords(call, endpoint, now_ns)
-        return endpoint.candidate(call.request, call.max_output_tokens, now_ns, affordable=affordable)
+    async def _ask(self, view: View, call: Call, endpoint: Endpoint, others: tuple[str, ...]) -> Opened:
+        """Ask an endpoint: alone, with patience where another could answer, or in a race where the deadline is near."""
+        other = self._other(view, others)
+        after_ms = None if other is None else self._hedge_ms(call, endpoint, other)
+
+        def patience_ms() -> float | None:
+            if other is None or after_ms is not None:
+                return None
+            return endpoint.patience_ms(call.request, call.max_output_tokens, self._clock.now_ns())
+
+        running, call.reservation = await self._attempts.begin(
+            call, endpoint, patience_ms, spared=self._chooser.spared(call, endpoint)
+        )
+        if other is None or after_ms is None:
+            return await self._attempts.ask(call, running)
+        call.decision = hedged(call.decision, other.name)
+        return await self._attempts.race(call, running, other, after_ms)
+
+    def _other(self, view: View, others: tuple[str, ...]) -> Endpoint | None:
+        """The next best that would take the request now, if there is one."""
+        now_ns = self._clock.now_ns()
+        for name in others:
+            one = view.endpoints[name]
+            if one.takes(now_ns) and (one.local or self._retries.has(now_ns)):
+                return one
+        return None
+
+    def _hedge_ms(self, call: Call, first: Endpoint, second: Endpoint) -> float | None:
+        """When to ask the second as well: where the caller's own deadline is at risk, and not too often."""
+        if call.hints.max_latency_ms is None:
+            return None
+        now_ns = self._clock.now_ns()
+        first_ms = first.time_bound_ms(call.request, call.max_output_tokens, now_ns)
+        second_ms = second.time_bound_ms(call.request, call.max_output_tokens, now_ns)
+        after_ms = hedge_after(first_ms, second_ms, (call.deadline_ns - now_ns) / 1e6)
+        return after_ms if after_ms is not None and self._hedges.take(now_ns) else None
 
     # ---- infer
 
-    def _engine_call(self, call: Call) -> EngineCall:
-        return EngineCall(
-            request=call.request,
-            request_id=call.request_id,
-            attempt=len(call.attempts) + 1,
-            deadline_ns=call.deadline_ns,
-            max_output_tokens=call.max_output_tokens,
-            principal=call.principal,
-            data_class=call.data_class,
-            objective=call.objective.value,
-            origin=call.principal.origin,
-            trace=call.hints.trace,
-        )
-
-    async def _whole(self, view: View, call: Call, running: Running) -> Whole:
-        try:
-            completion = await running.endpoint.engine.complete(self._engine_call(call))
-        except BaseException as error:
-            self._end_attempt(call, running, _spent(error))
-            raise
+    async def _whole(self, view: View, call: Call, running: Running, completion: Completion) -> Whole:
         spent = Spent(
             outcome="ok", usage=completion.usage, model=completion.model, receipt=completion.receipt
         )
-        self._end_attempt(call, running, spent)
+        self._attempts.end(call, running, spent)
         record, sums = self._books.record(view, call, "completed", 200)
         await self._books.ledger.submit(record)
-        self._books.keep(view, call, record, sums, body=completion.body)
+        self._keep(call, self._books.keep(view, call, record, sums, body=completion.body))
         overhead = self._clock.now_ns() - call.received_ns - call.engine_ns
         headers = [*place_headers(record), *took_headers(sums, overhead), *self._rates(call), *JSON_HEADERS]
         return Whole(headers=headers, body=completion.body)
 
-    async def _streamed(self, view: View, call: Call, running: Running) -> Chunks:
-        chunks = running.endpoint.engine.stream(self._engine_call(call))
-        try:
-            first = await anext(chunks, None)
-            if first is None:
-                raise EngineUnavailable("the engine's stream ended before its first chunk")
-        except BaseException as error:
-            self._end_attempt(call, running, _spent(error))
-            raise
+    def _streamed(self, view: View, call: Call, opened: Opened) -> Chunks:
+        running, first, chunks = opened.running, opened.first, opened.chunks
+        assert first is not None and chunks is not None
         now_ns = self._clock.now_ns()
         call.ttft_ns = now_ns - call.received_ns
         running.first_ns = now_ns
@@ -290,10 +315,15 @@ class Pipeline:
         headers = [*place_headers(place), *self._rates(call), *SSE_HEADERS]
         return Chunks(headers=headers, pieces=relay, close=relay.close)
 
+    def _keep(self, call: Call, entry: Entry | None) -> None:
+        """A model answered what was looked up by its meaning: that is learnt from."""
+        if entry is not None and call.recalled is not None:
+            self._recall.answered(call.recalled, entry)
+
     async def _stream_ended(self, view: View, call: Call, running: Running, ending: Ending) -> bytes:
         error = ending.error
-        outcome = "ok" if error is None else _outcome(error)
-        self._end_attempt(call, running, _heard(ending.heard, outcome, error))
+        outcome = "ok" if error is None else outcome_of(error)
+        self._attempts.end(call, running, heard_of(ending.heard, outcome, error))
         if error is not None:
             await self._books.close(view, call, error)
             return b""
@@ -302,7 +332,7 @@ class Pipeline:
         call.closed = True
         await self._books.ledger.submit(record)
         if ending.collected:
-            self._books.keep(view, call, record, sums, chunks=ending.collected)
+            self._keep(call, self._books.keep(view, call, record, sums, chunks=ending.collected))
         return closing(record, sums, overhead)
 
     async def _stream_left(
@@ -311,42 +341,22 @@ class Pipeline:
         """The client has gone: stop the engine, then meter what it got."""
         if hasattr(rest, "aclose"):
             await rest.aclose()
-        self._end_attempt(call, running, _heard(heard, "cancelled", None))
+        self._attempts.end(call, running, heard_of(heard, "cancelled", None))
         await self._books.close(view, call, None)
 
     # ---- meter
-
-    def _end_attempt(self, call: Call, running: Running, spent: Spent) -> None:
-        now_ns = self._clock.now_ns()
-        if running.first_ns is None:
-            call.engine_ns += now_ns - running.started_ns
-        call.attempts.append(running.end(call.request, call.max_output_tokens, spent, now_ns))
 
     def _rates(self, call: Call) -> tuple[tuple[str, str], ...]:
         return rate_headers(call.granted) if call.granted is not None else ()
 
 
-_OUTCOMES = (
-    (EngineUnavailable, "unavailable"), (EngineRejected, "rejected"), (DeadlineExceeded, "deadline"),
-    (asyncio.CancelledError, "cancelled"),
-)  # fmt: skip
-
-
-def _outcome(error: BaseException) -> str:
-    return next((word for kind, word in _OUTCOMES if isinstance(error, kind)), "failed")
-
-
-def _spent(error: BaseException) -> Spent:
-    message = error.message if isinstance(error, OndolError) else None
-    wait = error.retry_after_s if isinstance(error, OndolError) else None
-    return Spent(outcome=_outcome(error), error=message, retry_after_s=wait)
-
-
-def _heard(heard: Heard, outcome: str, error: OndolError | None) -> Spent:
-    return Spent(
-        outcome=outcome, usage=heard.usage, model=heard.model, receipt=heard.receipt, pieces=heard.pieces,
-        error=None if error is None else error.message,
-    )  # fmt: skip
+def recalled(call: Call, decision: Decision) -> Decision:
+    """The decision with what the semantic cache said before it."""
+    if not call.recall:
+        return decision
+    asked = call.recalled
+    similarity = None if asked is None or not asked.verdict.similarity else round(asked.verdict.similarity, 3)
+    return msgspec.structs.replace(decision, recall=call.recall, similarity=similarity)
 
 
 async def _each(pieces: list[bytes]) -> AsyncIterator[bytes]:

@@ -27,7 +27,6 @@ from ondol.adapters.keystore import KeyRequest, SqliteKeyStore
 from ondol.adapters.ledger import SqliteLedger
 from ondol.adapters.lock import lock_directory, must_be_free
 from ondol.adapters.observe import Metrics, log_as_json
-from ondol.adapters.power import RaplMeter
 from ondol.adapters.secrets import first_admin_key, gateway_id, pseudonym, request_ids, secret_file
 from ondol.core.catalog import Catalog
 from ondol.core.identity import ApiKey
@@ -42,11 +41,13 @@ from ondol.gateway.budget import Budgets
 from ondol.gateway.cache import ExactCache
 from ondol.gateway.idempotency import IdempotencyStore
 from ondol.gateway.member import Gauges, Joined, Member, WithFigures
+from ondol.gateway.neighbours import Neighbours
 from ondol.gateway.pipeline import Pipeline
 from ondol.gateway.quota import Quotas
 from ondol.gateway.restore import earliest_ns, spent
 from ondol.gateway.upkeep import (
     field_of,
+    gauges,
     ignore_late_callbacks,
     in_thread,
     measure_power,
@@ -61,7 +62,7 @@ POLL_S: Final = 1.0
 HOUSEKEEPING_S: Final = 30.0
 NEED_RESTART: Final = (
     "listen", "tls", "data", "limits.connections", "limits.cache_bytes", "limits.idempotency_bytes",
-    "limits.ledger_bytes",
+    "limits.ledger_bytes", "limits.semantic_bytes",
 )  # fmt: skip
 """Fields of the Gateway document that are read once, when a site starts."""
 ENGINE_READY_S, ENGINE_POLL_S = 60.0, 0.02
@@ -123,9 +124,8 @@ class _Site:
                 self._member.start()
             self._spawn(self._poll())
             self._spawn(self._housekeeping())
-            meter = RaplMeter.open()
-            if meter is not None:
-                self._spawn(measure_power(meter, self._assembly.power, self._clock))
+            self._spawn(self._neighbours.run())
+            self._spawn(measure_power(self._assembly.power, self._clock))
             LOG.info(
                 "serving",
                 extra={"fields": {"site": self._catalog.site.name, "listen": self._catalog.gateway.listen}},
@@ -165,14 +165,20 @@ class _Site:
         )  # fmt: skip
         self._begin_member()
         view, self._starting, _ = self._assembly.view(catalog)
+        self._recall = self._assembly.recall(self._books, catalog)
         self._pipeline = Pipeline(
             view=view, books=self._books, keys=self._keys, pepper=self._keys.pepper, clock=clock,
-            new_id=request_ids(), fleet=(lambda: None) if member is None else member.trust,
+            new_id=request_ids(), recall=self._recall, fleet=(lambda: None) if member is None else member.trust,
+        )  # fmt: skip
+        self._neighbours = Neighbours(
+            lambda: self._catalog, lambda: "draining" if self._app.draining else self._not_ready(),
+            None if member is None else member.tls,
         )  # fmt: skip
         admin = Admin(
             pipeline=self._pipeline, books=self._books, keys=self._keys, issue=self._issue, clock=clock,
             reload=self.reload, captures=self._captures, last_used=self._keys.last_used,
-            fleet=(lambda: None) if member is None else member.sync.status,
+            fleet=(lambda: None) if member is None else member.sync.status, neighbours=self._neighbours,
+            recall=self._recall,
         )  # fmt: skip
         self._idempotency: IdempotencyStore[asyncio.Future[None]] = IdempotencyStore(
             catalog.gateway.limits.idempotency_bytes
@@ -288,6 +294,7 @@ class _Site:
         if self._member is not None:
             self._member.models.want(catalog)
         self._books.cache.purge(catalog.digest)
+        self._recall.keep_house(catalog.digest)
         self._metrics.log_requests = catalog.gateway.log_requests
         self._app.configure()
         for engine in gone:
@@ -335,6 +342,7 @@ class _Site:
             await asyncio.sleep(HOUSEKEEPING_S)
             now_ns = self._clock.now_ns()
             self._books.cache.expire(now_ns)
+            self._recall.keep_house(self._catalog.digest)
             self._idempotency.expire(now_ns)
             await asyncio.to_thread(self._captures.expire, self._clock.wall_ns())
             await asyncio.to_thread(self._keys.write_last_used)
@@ -351,19 +359,10 @@ class _Site:
         return self._keys.issue(request, wall_ns)
 
     def _gauges(self) -> Gauges:
-        stats = self._books.cache.stats()
-        endpoints = self._pipeline.view.endpoints.values()
-        own: Gauges = {
-            "ondol_requests_running": [({}, float(self._app.running))],
-            "ondol_cache_bytes": [({}, float(stats.bytes))],
-            "ondol_cache_hits": [({}, float(stats.hits))],
-            "ondol_cache_misses": [({}, float(stats.misses))],
-            "ondol_endpoint_in_flight": [({"deployment": e.name}, float(e.in_flight)) for e in endpoints],
-            "ondol_endpoint_up": [
-                ({"deployment": e.name}, float(e.engine.problem() is None)) for e in endpoints
-            ],
-            "ondol_ledger_writable": [({}, float(self._ledger.problem() is None))],
-        }
+        own = gauges(
+            self._app.running, self._books.cache.stats(), self._pipeline.view.endpoints.values(), self._ledger,
+            semantic=self._recall.cache.stats(),
+        )  # fmt: skip
         return own if self._member is None else own | self._member.gauges()
 
     # ---- close
@@ -384,6 +383,7 @@ class _Site:
         await asyncio.gather(*(engine.close() for engine in engines), return_exceptions=True)
         await asyncio.wait({serving}, timeout=1.0)
         await self._books.drain()
+        await self._recall.close()
         for lease in self._books.budgets.closing_leases():
             await self._ledger.lease(lease.budget, lease.period, lease.total)
         if self._member is not None:

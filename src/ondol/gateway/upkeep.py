@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
@@ -14,15 +14,20 @@ from typing import Any, Final
 from ondol.adapters.power import RaplMeter
 from ondol.core.catalog import Catalog
 from ondol.core.energy import MeasuredPower
-from ondol.core.ports import Clock
-from ondol.gateway.endpoints import Power
+from ondol.core.ports import Clock, Ledger
+from ondol.gateway.cache import CacheStats
+from ondol.gateway.endpoints import Endpoint, Power
+from ondol.gateway.semantic import SemanticStats
 
 LOG: Final = logging.getLogger("ondol.site")
 POWER_S: Final = 5.0
 
 
-async def measure_power(meter: RaplMeter, power: Power, clock: Clock) -> None:
-    """Look at the processors' energy counters, so that energy is measured and not modelled."""
+async def measure_power(power: Power, clock: Clock) -> None:
+    """Look at the processors' energy counters, where there are any, so that energy is measured and not modelled."""
+    meter = RaplMeter.open()
+    if meter is None:
+        return
     before_ns = clock.now_ns()
     while True:
         await asyncio.sleep(POWER_S)
@@ -35,6 +40,31 @@ async def measure_power(meter: RaplMeter, power: Power, clock: Clock) -> None:
             return
         power.look(package_uj=package_uj, window_ns=now_ns - before_ns, cpus=os.cpu_count() or 1)
         before_ns = now_ns
+
+
+def gauges(
+    running: int,
+    cache: CacheStats,
+    endpoints: Collection[Endpoint],
+    ledger: Ledger,
+    *,
+    semantic: SemanticStats,
+) -> dict[str, list[tuple[dict[str, str], float]]]:
+    """What operators see of a site: values by metric and labels."""
+    return {
+        "ondol_requests_running": [({}, float(running))],
+        "ondol_cache_bytes": [({}, float(cache.bytes))],
+        "ondol_cache_hits": [({}, float(cache.hits))],
+        "ondol_cache_misses": [({}, float(cache.misses))],
+        "ondol_endpoint_in_flight": [({"deployment": e.name}, float(e.in_flight)) for e in endpoints],
+        "ondol_endpoint_up": [({"deployment": e.name}, float(e.engine.problem() is None)) for e in endpoints],
+        "ondol_semantic_entries": [({}, float(semantic.entries))],
+        "ondol_semantic_served": [({}, float(semantic.served))],
+        "ondol_semantic_checked": [({}, float(semantic.checked))],
+        "ondol_semantic_checked_wrong": [({}, float(semantic.checked_wrong))],
+        "ondol_semantic_refused": [({}, float(semantic.refused))],
+        "ondol_ledger_writable": [({}, float(ledger.problem() is None))],
+    }
 
 
 def settle_memory() -> None:

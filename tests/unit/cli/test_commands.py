@@ -161,6 +161,7 @@ def test_a_second_model_of_the_same_size_is_refused_by_name_only(edge: Path) -> 
     assert routes == ("assistant",)
     assert [one["name"] for one in yaml.safe_load_all(text) if one["kind"] == "Route"] == [
         "assistant",
+        "faq",
         "embedding",
     ]
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ondol.core.catalog import CachePolicy
 from ondol.core.inference import Capability, DataClass, InferenceRequest, Task, Usage
+from ondol.core.route_terms import CachePolicy
 from ondol.gateway.cache import BODY_BYTES_MAX, IGNORED_FIELDS, Entry, ExactCache, cache_key, cacheable
 
 SECOND = 1_000_000_000
