@@ -18,6 +18,7 @@ from ondol.core.trust import HUB, Trust, authorization
 from ondol.wire import sync
 
 AT_ONCE = 32
+SAID_EVERY = 50
 
 
 class Member:
@@ -77,13 +78,12 @@ class Crowd:
     """All of them."""
 
     def __init__(self, port: int, ca_pem: str, count: int) -> None:
-
         url = f"https://127.0.0.1:{port}"
         self.members = [Member(f"shop-{number}", url, ca_pem, time.time_ns) for number in range(count)]
         self._watches: list[asyncio.Task[None]] = []
 
-    async def join(self, token: str) -> None:
-        """Join all, some at once, and open every watch."""
+    async def join(self, token: str, say: Callable[[str], None]) -> None:
+        """Join all, some at once, and open every watch; `say` is told how far it is."""
         proof = parse_token(token).proof
         gate = asyncio.Semaphore(AT_ONCE)
 
@@ -91,6 +91,8 @@ class Crowd:
             async with gate:
                 await member.join(proof)
                 self._watches.append(asyncio.ensure_future(member.watch()))
+                if len(self._watches) % SAID_EVERY == 0:
+                    say(f"{len(self._watches):,} of {len(self.members):,} sites have joined")
 
         await asyncio.gather(*(one(member) for member in self.members))
         await asyncio.sleep(3)

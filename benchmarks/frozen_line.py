@@ -1,8 +1,9 @@
-"""A relay that can stand still: it goes on holding its connections, and no byte comes through."""
+"""A relay that can stand still (it goes on holding its connections, and no byte comes through) or be cut."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from types import TracebackType
 from typing import Self
@@ -15,6 +16,7 @@ class FrozenLine:
         self.frozen = False
         self.port = 0
         self._to_port = to_port
+        self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -32,6 +34,19 @@ class FrozenLine:
         self._thread.join()
         self._loop.close()
 
+    def cut(self) -> None:
+        """Reset what is open and refuse what comes; nothing happens to a line that is cut already."""
+        asyncio.run_coroutine_threadsafe(self._cut(), self._loop).result(10)
+
+    def mend(self) -> None:
+        """Listen again on the same port."""
+        self._server = asyncio.run_coroutine_threadsafe(self._listen(self.port), self._loop).result(10)
+
+    async def _cut(self) -> None:
+        self._server.close()
+        for writer in list(self._writers):
+            writer.transport.abort()
+
     async def _end(self) -> None:
         self._server.close()
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
@@ -39,14 +54,23 @@ class FrozenLine:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
 
-    async def _listen(self) -> asyncio.Server:
-        return await asyncio.start_server(self._accepted, "127.0.0.1", 0)
+    async def _listen(self, port: int = 0) -> asyncio.Server:
+        return await asyncio.start_server(self._accepted, "127.0.0.1", port)
 
     async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.CancelledError):  # the end; the server of Python 3.11 would log it
+            await self._relay(reader, writer)
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.frozen:
             await asyncio.sleep(3600)
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._to_port)
-        await asyncio.gather(self._pipe(reader, far_writer), self._pipe(far_reader, writer))
+        pair = {writer, far_writer}
+        self._writers |= pair
+        try:
+            await asyncio.gather(self._pipe(reader, far_writer), self._pipe(far_reader, writer))
+        finally:
+            self._writers -= pair
 
     async def _pipe(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
         try:

@@ -3,7 +3,7 @@
 The request's prompt says the pace, so that it passes any gateway unchanged: `rate=5 tokens=100` gives 100
 tokens, 5 a second, the first at once.  A token's text is the time of sending (CLOCK_MONOTONIC, ns), so a
 client on the same machine sees how long each one took, whatever a gateway did to the JSON around it.
-Without `"stream": true` the answer is the fixed completion.
+Without `"stream": true` the answer is the fixed completion, after `wait=2` seconds where the prompt says so.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import uvloop
 from benchmarks.target import completion
 
 PACE = re.compile(rb"rate=([0-9.]+) tokens=(\d+)")
+WAIT = re.compile(rb"wait=([0-9.]+)")
 LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 STREAM = re.compile(rb'"stream": *true')
 HEADER = (
@@ -38,6 +39,7 @@ USAGE = (
 LAST = b"data: [DONE]\n\n"
 RATE_MAX = 1000.0
 TOKENS_MAX = 10_000
+WAIT_S_MAX = 60.0
 
 
 def _chunk(data: bytes) -> bytes:
@@ -77,15 +79,24 @@ class Paced(asyncio.Protocol):
             return
         body, self._received = self._received[end + 4 : whole], self._received[whole:]
         if not STREAM.search(body):
-            answer = completion()
-            head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-            self._transport.write(head % len(answer) + answer)
+            wait = WAIT.search(body)
+            if wait is None:
+                self._answer()
+            else:
+                self._timer = self._loop.call_later(min(float(wait[1]), WAIT_S_MAX), self._answer)
             return
         pace = PACE.search(body)
         rate = min(float(pace[1]), RATE_MAX) if pace else 50.0
         tokens = min(int(pace[2]), TOKENS_MAX) if pace else 10
         self._transport.write(HEADER)
         self._send(0, tokens, 1.0 / rate, self._loop.time())
+
+    def _answer(self) -> None:
+        if self._transport is None:
+            return
+        answer = completion()
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        self._transport.write(head % len(answer) + answer)
 
     def _send(self, index: int, tokens: int, interval_s: float, due_s: float) -> None:
         if self._transport is None:

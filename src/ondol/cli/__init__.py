@@ -28,6 +28,16 @@ def _build() -> App:
     )
     app.command("ondol.cli.up:up", name="up", help="Start a hub, an edge and a stand-in cloud here.")
     app.command("ondol.cli.chat:chat", name="chat", help="Ask, and see where it ran and why.")
+    app.command(
+        "ondol.cli.client_proxy:client_proxy",
+        name="client-proxy",
+        help="Hand requests on to the first good site.",
+    )
+    app.command(
+        "ondol.cli.simulate:simulate",
+        name="simulate",
+        help="What a load would cost, take and emit on a fleet.",
+    )
     app.command("ondol.cli.costs:costs", name="costs", help="Cost, energy and carbon from the ledgers.")
 
     run = App(name="run", help="Run one part on its own.")

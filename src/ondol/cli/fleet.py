@@ -118,7 +118,14 @@ def get(
     client = HubClient.find(directory, hub)
     if kind.lower() in ("", "site", "sites"):
         found = [client.get(f"sites/{name}")] if name else client.get("sites")["data"]
-        return _print(found, as_json, lambda screen: show_sites(screen, found, whole=bool(name)))
+        frozen = () if as_json or name else client.get("status").get("frozen", ())
+
+        def show(screen: Console) -> None:
+            show_sites(screen, found, whole=bool(name))
+            for sentence in frozen:
+                screen.print(sentence, style="yellow")
+
+        return _print(found, as_json, show)
     if kind.lower() == "generations":
         generations = client.get("generations")["data"]
         return _print(generations, as_json, lambda screen: _show_generations(screen, generations))
