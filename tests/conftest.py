@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from tests import sites
 
 # A test never depends on how fast a machine is, and a run in CI never on chance.
 settings.register_profile(
@@ -48,7 +48,4 @@ def root() -> Path:
 @pytest.fixture
 def free_port() -> int:
     """A port of 127.0.0.1 that was free a moment ago, for servers that cannot tell what port 0 became."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return sites.free_port()
