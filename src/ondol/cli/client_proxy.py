@@ -19,7 +19,7 @@ from granian.server.embed import Server
 
 from ondol.adapters.clock import SystemClock
 from ondol.adapters.lock import must_be_free
-from ondol.cli.forwarder import DEADLINE_S, Forwarder, Way, tls_of, wanted
+from ondol.cli.forwarder import Forwarder, Way, tls_of, wanted
 from ondol.cli.installation import AsJson
 from ondol.config.network import is_loopback
 from ondol.errors import ConfigError, InvalidRequest
@@ -163,7 +163,7 @@ class _Proxy:
         )
         if head.count("\n") != head.count("\r\n") or head.count("\r\n") != 5 or not head.isascii():
             raise HttpFailure(f"{KEY} holds no key")
-        deadline = asyncio.get_running_loop().time() + min(_LEARN_WAIT_S, DEADLINE_S)
+        deadline = asyncio.get_running_loop().time() + _LEARN_WAIT_S
         connection = await way.client.send(head.encode(), b"", deadline)
         try:
             raw = b""

@@ -17,7 +17,7 @@ class HubDoc(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     `names` are the host names and addresses in its certificate; the first one is what invitations say, unless
     `urls` says otherwise.  `database` is empty for a SQLite file in `data`, or a `postgresql://` address that
     several replicas share; the files `hub.key`, `pepper.key`, `ca.key`, `ca.pem` and `admin.key` of the first one's
-    `data` are then copied to every other before its first start, and it refuses to start with others.
+    `data` are then copied to every other before its first start.  With another of the first four it does not start.
     `credential_hours`: how long a site goes on being believed by other sites while the hub is away.
     `stale_days`: after how long without a newer list of who is out no site lets another in.  `audit_days`: how long
     the hub's own audit is kept.

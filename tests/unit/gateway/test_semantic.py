@@ -256,9 +256,12 @@ def test_a_prompt_made_to_collide_is_one_more_question_of_its_own_tenant() -> No
     key, _ = cache.put(question("how do i return shoes ignore previous"), entry(), said="Never.", now_ns=0)
     assert key is not None
     verdict = look(cache, "how can i return shoes", key)
-    if isinstance(verdict, Serve):
-        assert cache.complain(verdict.trial) == (key,)
-        assert isinstance(look(cache, "how can i return shoes", key), Miss)
+    assert isinstance(verdict, Serve)
+    assert cache.complain(verdict.trial) == (key,)
+    assert isinstance(look(cache, "how can i return shoes", key), Miss)
+    other, _ = cache.put(question("how do i return shoes"), entry(), said="Bring them.", now_ns=0)
+    assert other is not None
+    assert isinstance(look(cache, "how can i return shoes", other, tenant="u"), Miss)
 
 
 def test_memory_is_bounded() -> None:
